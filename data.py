@@ -48,17 +48,21 @@ class UserError(ValueError):
 
 
 class Samples(Dataset):
-    """What stage 1 draws from: windows of one modality, ((L, ...) clips, label); labels outside `keep` become -5."""
+    """Windows of one modality as read from disk: ((L, ...) clips, label), labels outside `keep` being -5.
+
+    keep = None is for data without labels: clips alone.
+    """
 
     def __init__(self, source, modality, index, keep):
         self.read, self.windows, self.index = getattr(source, modality), (index, keep), index
-        self.label = sample_labels(source.label, index, keep)
+        self.label = sample_labels(source.label, index, keep) if keep is not None else None
 
     def __len__(self):
         return len(self.index)
 
     def __getitem__(self, sample):
-        return torch.stack([self.read(int(row)) for row in self.index[sample]]), self.label[sample]
+        clips = torch.stack([self.read(int(row)) for row in self.index[sample]])
+        return clips if self.label is None else (clips, self.label[sample])
 
 
 def windows(video, length, dense=False):
@@ -138,7 +142,7 @@ class BioVid:
 
     def __init__(self, root, dataset, classes=2, length=1, image_size=112, privileged=True):
         self.path, self.column, self.length, self.image_size = Path(root), self.COLUMN[dataset], length, image_size
-        levels = self.LEVELS if classes == 5 else ("BL1", "PA4")
+        levels = self.levels(classes)
         self.outputs, self.samples, self.faults = len(levels), [], []
         hint = f"BioVid is licence-gated, {ORIGIN['biovid']}; --synthetic runs without it"
         faces = find_folder(self.path, "faces")
@@ -168,6 +172,10 @@ class BioVid:
         self.video = np.repeat(np.arange(len(self.samples)), length)
         self.label = torch.tensor([s[2] for s in rows])
 
+    @classmethod
+    def levels(cls, classes):
+        return cls.LEVELS if classes == 5 else ("BL1", "PA4")
+
     def visual(self, row):
         return read_frames(pain_frames(self.samples[row // self.length][0], *self._span(row)), self.image_size)
 
@@ -188,7 +196,8 @@ class BioVid:
 
     def describe(self):
         frames = sum(len(os.listdir(s[0])) for s in self.samples)
-        classes = ", ".join(f"{n} {int((self.label == i).sum())}" for i, n in enumerate(self.LEVELS))
+        classes = ", ".join(f"{n} {int((self.label == i).sum())}"
+                            for i, n in enumerate(self.levels(self.outputs)))
         return f"{len(set(self.group))} subjects, {len(self.samples)} samples, {frames} frames, classes {classes}"
 
 
@@ -489,7 +498,7 @@ class Features:
     `rows["visual"]` and `rows["privileged"]` are the (N * L, D) tensors. Raises UserError for whatever does not fit.
     """
 
-    def __init__(self, path, privileged=True):
+    def __init__(self, path, privileged=True, labelled=True):
         self.path = Path(path)
         want = "expected a features file (.npz) with visual (N, L, Dv), privileged (N, L, Dp) and label"
         if not self.path.is_file():
@@ -501,7 +510,7 @@ class Features:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: cannot be read ({error}); {want}") from None
         modalities = ("visual", "privileged") if privileged else ("visual",)
-        for key in (*modalities, "label"):
+        for key in (*modalities, "label") if labelled else modalities:
             if key not in arrays:
                 raise UserError(f"{path}: no array {key!r} in it, only {sorted(arrays)}; {want}")
         count, self.length = arrays["visual"].shape[:2] if arrays["visual"].ndim == 3 else (0, 0)
@@ -512,7 +521,8 @@ class Features:
                 bad = "is not floating point" if arrays[key].dtype.kind != "f" else "holds NaN or infinity"
                 raise UserError(f"{path}: {key} {bad}; write finite float32 values")
         self.rows = {key: torch.from_numpy(arrays[key]).float().flatten(0, 1) for key in modalities}
-        self._label(arrays["label"], count)
+        if labelled:
+            self._label(arrays["label"], count)
         for key in ("group", "split", "name", "video"):
             if key in arrays and (arrays[key].shape != (count,)):
                 raise UserError(f"{path}: {key} is {arrays[key].shape}, expected one entry a sample, ({count},)")
@@ -528,7 +538,7 @@ class Features:
                 raise UserError(f"{path}: split holds {sorted(set(self.split))[:4]}, expected 'train' and 'test'")
             self.split = over_rows("split", None)
         self.backbones = str(arrays.get("backbones", ""))  # which weights stage 2 made the file with
-        if self.task == "regression":
+        if labelled and self.task == "regression":
             labelled = torch.arange(len(self.label))[valid(self.label)]
             self.frame_row = torch.from_numpy(arrays["frame_row"]) if "frame_row" in arrays else labelled
             self.frame_label = torch.from_numpy(arrays["frame_label"]) if "frame_label" in arrays else self.label[labelled]
@@ -638,7 +648,7 @@ def draw_faces(identity, brow, eye, mouth, smile):
         cx = side * (0.33 + 0.05 * apart)
         dark = np.maximum(dark, blob(cx, -0.22, 0.17, 0.07 + 0.045 * eye.clip(-1, 1)))
         dark = np.maximum(dark, 0.8 * blob(cx, -0.52 + 0.03 * low + 0.1 * brow, 0.22, 0.06))
-    curve = smile * 0.35 * (0.1 - x**2)  # raises the mouth's corners
+    curve = smile.clip(-1, 1) * 1.5 * (0.03 - x**2)  # raises the mouth's corners
     dark = np.maximum(dark, blob(0, 0.45 + 0.05 * low + curve, 0.3 + 0.05 * wide, (0.1 + 0.09 * mouth).clip(0.03)))
     skin = np.array([205, 160, 130]) + 30 * np.array(tone)
     image = 70 + shape[..., None] * (skin - 70)
@@ -701,10 +711,8 @@ def write_affwild2(dataset, root, rng):
     videos[3:4] = [("video3_left", "Train_Set"), ("video3_right", "Train_Set")]
     (root / "fps.txt").write_text("video5 25\n")
     for n, (video, part) in enumerate(tqdm(videos, disable=None)):
-        fps, frames = (25 if video == "video5" else 30), int(rng.integers(500, 800))
-        if video == "video3_right":
-            frames = last_frames
-        last_frames = frames
+        fps = 25 if video == "video5" else 30
+        frames = 650 if video.startswith("video3_") else int(rng.integers(500, 800))
         hidden = np.stack([0.25 * rng.normal() + 0.35 * _wander(rng, frames) for _ in "va"])  # valence, arousal
         shown = hidden / 0.4 + noise_v / 0.4 * np.stack([_wander(rng, frames) for _ in "va"])
         heard = hidden / 0.4 + noise_p / 0.4 * np.stack([_wander(rng, frames) for _ in "va"])

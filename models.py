@@ -57,7 +57,7 @@ class Unit3D(nn.Module):
     def __init__(self, in_channels, out_channels, kernel=1, stride=1):
         super().__init__()
         self.conv3d = nn.Conv3d(in_channels, out_channels, kernel, stride, bias=False)
-        self.bn = nn.BatchNorm3d(out_channels, eps=1e-3, momentum=0.01)
+        self.bn = nn.BatchNorm3d(out_channels, eps=1e-3)
 
     def forward(self, x):
         return F.relu(self.bn(self.conv3d(pad_same(x, self.conv3d.kernel_size, self.conv3d.stride))))
