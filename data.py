@@ -105,7 +105,8 @@ def parts(source, fold):
         test = source.split == "test"
     rest = groups[np.isin(groups, source.group[~test])]
     if len(rest) < 2 or not test.any():
-        raise UserError(f"{source.path}: needs two training groups and a test part, has {len(rest)} and {test.sum()} rows")
+        raise UserError(f"{source.path}: needs two training groups and a test part, has {len(rest)} groups "
+                        f"and {test.sum()} test rows")
     held_out = rest[(fold - 1) % len(rest)::8] if source.split is not None else rest[::8]
     return np.where(test, "test", np.where(np.isin(source.group, held_out), "val", "train"))
 
@@ -148,7 +149,8 @@ class BioVid:
         faces = find_folder(self.path, "faces")
         signals = find_folder(self.path, "biosignals_filtered", "biosignals_raw")
         if faces is None:
-            self.faults.append(f"{self.path / 'faces'}: expected a folder faces/<subject>/<sample>/img_00001.jpg; {hint}")
+            self.faults.append(f"{self.path / 'faces'}: expected a folder "
+                               f"faces/<subject>/<sample>/img_00001.jpg; {hint}")
         if privileged and signals is None:
             self.faults.append(f"{self.path / 'biosignals_filtered'}: expected a folder "
                                f"biosignals_filtered/<subject>/<sample>_bio.csv; {hint}")
@@ -159,7 +161,8 @@ class BioVid:
             match = re.fullmatch(r"\d{6}_[mw]_\d{2}-(BL1|PA[1-4])-\d{3}", folder.name)
             csv = signals / subject / f"{folder.name}_bio.csv" if privileged else None
             if not match or not folder.name.startswith(subject + "-"):
-                self.faults.append(f"{folder}: expected a name like 071309_w_21/071309_w_21-BL1-081; rename or remove it")
+                self.faults.append(f"{folder}: expected a name like 071309_w_21/071309_w_21-BL1-081; "
+                                   "rename or remove it")
             elif csv and not csv.is_file():
                 self.faults.append(f"{csv}: missing, but its face crops are there; extract it again or remove {folder}")
             elif match[1] in levels:
@@ -221,7 +224,7 @@ def image_numbers(folder, pattern):
 
 
 def pain_frames(folder, begin, end):
-    """BioVid.FRAMES equally spaced ones of the images present from begin to end seconds; image i shows (i - 1) / 25 s."""
+    """BioVid.FRAMES equally spaced ones of the images there from begin to end seconds; image i is at (i - 1) / 25 s."""
     present = image_numbers(folder, r"img_(\d{5})\.jpg")
     present = present[(present >= 1 + begin * BioVid.VIDEO_FPS) & (present < 1 + end * BioVid.VIDEO_FPS)]
     if len(present) == 0:
@@ -321,7 +324,8 @@ class Affwild2:
     def _read_fps(self):
         path = self.path / "fps.txt"
         try:
-            return {v: float(f) for v, f in (line.split() for line in open(path) if line.strip())} if path.exists() else {}
+            lines = path.read_text().splitlines() if path.exists() else []
+            return {video: float(fps) for video, fps in (line.split() for line in lines if line.strip())}
         except ValueError:
             raise UserError(f"{path}: expected lines '<video> <frames per second>'") from None
 
@@ -373,7 +377,8 @@ class Affwild2:
                 yield from _faults(read_frames, [image], 8)
 
     def describe(self):
-        return ", ".join(f"{part}: {len(set(self.video[self.split == part]))} videos, {(self.split == part).sum()} clips, "
+        return ", ".join(f"{part}: {len(set(self.video[self.split == part]))} videos, "
+                         f"{(self.split == part).sum()} clips, "
                          f"{(self.split[self.frame_row] == part).sum()} valid frames" for part in ("train", "test"))
 
 
@@ -418,9 +423,10 @@ def read_wav(path):
             rate, sound = wavfile.read(path, mmap=True)
     except (ValueError, EOFError) as error:
         raise UserError(f"{path}: not a readable wav ({error}); make it again with ffmpeg -ac 1 -ar 44100") from None
-    if sound.size == 0 or sound.dtype not in (np.int16, np.int32, np.float32, np.float64):
-        raise UserError(f"{path}: " + ("empty" if sound.size == 0 else f"{sound.dtype} samples, expected int16, int32 or "
-                        "float") + "; make it again with ffmpeg -ac 1 -ar 44100")
+    fine = sound.dtype in (np.int16, np.int32, np.float32, np.float64)
+    if sound.size == 0 or not fine:
+        what = f"{sound.dtype} samples, expected int16, int32 or float" if sound.size else "empty"
+        raise UserError(f"{path}: {what}; make it again with ffmpeg -ac 1 -ar 44100")
     return rate, sound
 
 
@@ -445,7 +451,7 @@ def read_sound(path, end):
 
 @cache
 def mel_filters(bins=513, mels=64, rate=SOUND_RATE):
-    """Triangles of height 1, evenly spaced on the mel scale 2595 log10(1 + f / 700) from 0 to rate / 2 -> (mels, bins)."""
+    """(mels, bins): triangles of height 1, evenly spaced from 0 to rate / 2 on the scale 2595 log10(1 + f / 700)."""
     corners = np.linspace(0, 2595 * np.log10(1 + rate / 2 / 700), mels + 2)
     corners = 700 * (10 ** (corners / 2595) - 1)[:, None]  # Hz
     f = np.linspace(0, rate / 2, bins)
@@ -475,7 +481,7 @@ class Faces:
                 present = image_numbers(one, r"(\d{5})\.jpg")
                 frames = max(present, default=0)
                 if frames < Affwild2.CLIP:
-                    raise UserError(f"{one}: images up to {frames:05d}.jpg, shorter than a clip of {Affwild2.CLIP} frames")
+                    raise UserError(f"{one}: {frames} frames, shorter than a clip of {Affwild2.CLIP}")
                 clips += [(one, b + Affwild2.CLIP, [one / f"{i:05d}.jpg" for i in images])
                           for b, images in affect_clips(frames, present)]
             else:
@@ -491,7 +497,7 @@ class Faces:
 
 
 class Features:
-    """A features file (.npz): visual (N, L, Dv), privileged (N, L, Dp) float; label (N,) int, (N, 2) or (N, L, 2) float.
+    """A features file (.npz): visual (N, L, Dv), privileged (N, L, Dp); label int (N,), or float (N, 2) or (N, L, 2).
 
     Optional: group, split ("train" or "test"), name, all (N,); and, as stage 2 writes them, video (N,) and the labels
     frame_label (T, 2) of single frames with frame_row (T,), the row whose prediction holds for the frame.
@@ -539,9 +545,11 @@ class Features:
             self.split = over_rows("split", None)
         self.backbones = str(arrays.get("backbones", ""))  # which weights stage 2 made the file with
         if labelled and self.task == "regression":
-            labelled = torch.arange(len(self.label))[valid(self.label)]
-            self.frame_row = torch.from_numpy(arrays["frame_row"]) if "frame_row" in arrays else labelled
-            self.frame_label = torch.from_numpy(arrays["frame_label"]) if "frame_label" in arrays else self.label[labelled]
+            if "frame_row" in arrays:
+                self.frame_row, self.frame_label = (torch.from_numpy(arrays[k]) for k in ("frame_row", "frame_label"))
+            else:
+                self.frame_row = valid(self.label).nonzero()[:, 0]
+                self.frame_label = self.label[self.frame_row]
 
     def _label(self, label, count):
         if label.dtype.kind in "iu" and label.shape == (count,):
@@ -558,7 +566,7 @@ class Features:
         else:
             raise UserError(f"{self.path}: label is {label.dtype} {label.shape}, expected int ({count},), or float "
                             f"({count}, 2) or ({count}, {self.length}, 2)")
-        self.label = torch.from_numpy(np.ascontiguousarray(label))
+        self.label = torch.from_numpy(label.copy())
 
     def visual(self, row):
         return self.rows["visual"][row]
@@ -573,8 +581,8 @@ class Features:
 
     def describe(self):
         what = f"{self.outputs} classes" if self.task == "classification" else "valence/arousal"
-        return (f"{len(self.label) // self.length} samples of {self.length} clips, {what}, {len(set(self.group))} groups, "
-                + ", ".join(f"{k} width {v.shape[1]}" for k, v in self.rows.items()))
+        return (f"{len(self.label) // self.length} samples of {self.length} clips, {what}, "
+                f"{len(set(self.group))} groups, " + ", ".join(f"{k} width {v.shape[1]}" for k, v in self.rows.items()))
 
 
 def save_features(path, arrays):
@@ -592,8 +600,8 @@ def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileg
     """
     source = _open(dataset, root, classes, length, image_size, privileged)
     if source.faults:
-        more = len(source.faults) - 1
-        raise UserError(source.faults[0] + (f" ({more} more: python data.py --check {dataset} --root {root})" if more else ""))
+        more = f" (and {len(source.faults) - 1} more: python data.py --check {dataset} --root {root})"
+        raise UserError(source.faults[0] + more * (len(source.faults) > 1))
     return source
 
 
@@ -609,11 +617,11 @@ def _open(dataset, root, classes=2, length=None, image_size=112, privileged=True
 # intensity that runs from 0 to 1) was set once, on the scores of single modalities and of their fusion, to come out in
 # Table I's order; no student and no distillation method was looked at.
 NOISE = {"biovid_a": (0.60, 0.20), "biovid_b": (0.30, 0.50), "affwild2": (0.25, 0.60)}  # visual, privileged
-SUBJECTS, REPEATS, FACE = 24, 4, 56
+SUBJECTS, REPEATS, VIDEOS, FACE = 24, 4, 32, 56
 
 
 def write_stand_in(dataset, root):
-    """Write the synthetic data set to root, unless it is there already. Never touches a folder that is not a stand-in."""
+    """Write the synthetic data set to root, unless it is there already. Never touches a folder of other data."""
     root = Path(root)
     recipe = json.dumps({"dataset": dataset, "noise": NOISE[dataset], "version": 1}) + "\n"
     mark = root / "SYNTHETIC"
@@ -696,7 +704,7 @@ def write_biovid(dataset, root, rng):
                        fmt=["%d"] + ["%.4f"] * 5, header=header, comments="")
 
 
-def _wander(rng, frames, scale=40):
+def _wander(rng, frames, scale=60):
     """A smooth random course with standard deviation about 1."""
     kernel = np.hanning(2 * scale)
     return np.convolve(rng.normal(size=frames + 2 * scale - 1), kernel / np.sqrt((kernel**2).sum()), mode="valid")
@@ -707,12 +715,12 @@ def write_affwild2(dataset, root, rng):
     labels, audio = root / "annotations" / "VA_Estimation_Challenge", root / "audio"
     for folder in (labels / "Train_Set", labels / "Validation_Set", audio):
         folder.mkdir(parents=True)
-    videos = [(f"video{i}", "Train_Set" if i < 15 else "Validation_Set") for i in range(22)]
+    videos = [(f"video{i}", "Train_Set" if i < 24 else "Validation_Set") for i in range(VIDEOS)]
     videos[3:4] = [("video3_left", "Train_Set"), ("video3_right", "Train_Set")]
     (root / "fps.txt").write_text("video5 25\n")
     for n, (video, part) in enumerate(tqdm(videos, disable=None)):
         fps = 25 if video == "video5" else 30
-        frames = 650 if video.startswith("video3_") else int(rng.integers(500, 800))
+        frames = 550 if video.startswith("video3_") else int(rng.integers(400, 700))
         hidden = np.stack([0.25 * rng.normal() + 0.35 * _wander(rng, frames) for _ in "va"])  # valence, arousal
         shown = hidden / 0.4 + noise_v / 0.4 * np.stack([_wander(rng, frames) for _ in "va"])
         heard = hidden / 0.4 + noise_p / 0.4 * np.stack([_wander(rng, frames) for _ in "va"])

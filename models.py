@@ -215,8 +215,8 @@ class JointCrossAttention(nn.Module):
         self.regressor = nn.Sequential(nn.Linear(2 * D, 128), nn.Dropout(0.6), nn.Linear(128, outputs))
 
     def attend(self, X, J, W_j, W, W_c, W_h):  # X (B, L, d_m), J (B, L, d) -> (B, L, d_m)
-        C = torch.tanh(X.mT @ W_j @ J / J.shape[-1] ** 0.5)  # (B, d_m, d)
-        H = F.relu(W @ X + W_c @ C.mT)  # (B, k, d_m)
+        C = (X.mT @ (W_j @ J / J.shape[-1] ** 0.5)).tanh_()  # (B, d_m, d), the one large array: scaled while small
+        H = F.relu(W @ X + (C @ W_c.mT).mT)  # (B, k, d_m)
         return W_h @ H + X
 
     def forward(self, visual, privileged):

@@ -1,9 +1,9 @@
 """Entropic optimal transport (Eq. 5-6 of the paper) for dense problems, in plain torch.
 
     from sinkhorn import sinkhorn_divergence
-    sinkhorn_divergence(x, y, epsilon=0.1).backward()     # x (..., n, d), y (..., m, d)
+    sinkhorn_divergence(x, y, epsilon=0.1).backward()  # x (..., n, d), y (..., m, d)
 
-    python sinkhorn.py                                    # benchmark, beside geomloss and POT where installed
+    python sinkhorn.py  # benchmark, beside geomloss and POT where installed
     python sinkhorn.py --sizes 128 512 --threads 2 --repeats 20
 
 Shapes: n points of weights a (n), m points of weights b (m), cost C (n, m); "..." are independent problems.
@@ -21,8 +21,8 @@ import warnings
 
 import torch
 
-BLOCK = 6          # sweeps between two looks at the error: each look makes the host wait for the device
-SAFE_DRIFT = 20    # |log u|, |log v| from where entries of the plan that underflowed may be missed
+BLOCK = 6  # sweeps between two looks at the error: each look makes the host wait for the device
+SAFE_DRIFT = 20  # |log u|, |log v| from where entries of the plan that underflowed may be missed
 
 
 def sinkhorn(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
@@ -79,7 +79,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, epsilon, debias):
-  # Shifting a cloud adds terms in i or in j alone to C, which f or g absorb: the plan does not see the means.
+        # Shifting a cloud adds terms in i or in j alone to C, which f or g absorb: the plan does not see means.
         # Without them C stays small, and float32 exact, where the clouds are far apart (a collapsed student).
         mean_x, mean_y = x.mean(-2, keepdim=True), y.mean(-2, keepdim=True)  # (..., 1, d)
         x, y, gap = x - mean_x, y - mean_y, mean_x - mean_y
@@ -184,7 +184,7 @@ def _solve_symmetric(cost, epsilon, tol=1e-5, max_iter=200):
         for _ in range(BLOCK // 2):
             v = (kernel @ u).reciprocal()
             u = (v / (kernel @ v)).sqrt()
-        v = (kernel @ u).reciprocal()                                   # rows exact, as in `_solve`
+        v = (kernel @ u).reciprocal()  # rows exact, as in `_solve`
         error = _l1((u / v - 1) / n).item()
     _warn_above(tol, error, sweeps, epsilon)
     f, g = epsilon * v.log().squeeze(-1), epsilon * u.log().squeeze(-1)
@@ -197,7 +197,7 @@ def _exp_(x):
 
 
 def _l1(residual):
-    return residual.abs().sum((-2, -1)).max()                           # of the worst problem in the batch
+    return residual.abs().sum((-2, -1)).max()  # of the worst problem in the batch
 
 
 def _warn_above(tol, error, sweeps, epsilon):
@@ -306,7 +306,7 @@ def benchmark(sizes, repeats, device):
         names = [name for name in losses if name != "POT" or b <= 512]  # POT takes seconds above
         seconds, errors = {name: [] for name in names}, {}
         true, begin = _reference_gradient(x.detach(), y, eps), time.perf_counter()
-        for repeat, name in itertools.product(range(repeats + 1), names):               # interleaved: paired
+        for repeat, name in itertools.product(range(repeats + 1), names):  # interleaved: paired
             if repeat > 3 and time.perf_counter() - begin > 1.5 and name == "ours":
                 break
             x.grad, start = None, time.perf_counter()
@@ -315,7 +315,7 @@ def benchmark(sizes, repeats, device):
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
             errors[name] = ((x.grad - true).norm() / true.norm()).item()
-        ours = seconds["ours"][1:]                                                      # without the warm-up
+        ours = seconds["ours"][1:]  # without the warm-up
         others = "".join(f" | {statistics.median(map(lambda t, o: t / o, seconds[name][1:], ours)):7.1f}x "
                          f"{errors[name]:8.0e}" for name in names[1:])
         x, y = x.detach(), y.detach()

@@ -7,8 +7,8 @@
     python train_student.py --table 5 --synthetic --seeds 3         # trains what results.jsonl lacks, then prints
     python train_student.py --figure 7 --synthetic
 
-The student is the visual backbone of stage 1 (frozen, unless --finetune), the frozen T-Net of stage 2 and a fresh fusion
-head of the teacher's architecture, trained with L = L_gt + lambda W (Eq. 9).
+The student is the visual backbone of stage 1 (frozen, unless --finetune), the frozen T-Net of stage 2 and a fresh
+fusion head of the teacher's architecture, trained with L = L_gt + lambda W (Eq. 9).
 """
 import ast
 import csv
@@ -16,6 +16,7 @@ import hashlib
 import json
 import statistics
 import sys
+import tempfile
 import time
 from itertools import product
 from pathlib import Path
@@ -27,12 +28,13 @@ from tqdm import tqdm
 
 import data
 import models
+import train_teacher
 from data import Samples, UserError
-from pkdot import (ANCHORS, cosine_loss, cosine_similarity_matrix, kl_loss, mse_loss, pkdot_loss, rkd_loss, task_loss)
-from train_teacher import (Parser, VisualOrPrivileged, add_common_flags, append_line, at_least, bar,
+from pkdot import ANCHORS, cosine_loss, cosine_similarity_matrix, kl_loss, mse_loss, pkdot_loss, rkd_loss, task_loss
+from train_teacher import (DEFAULTS, Parser, VisualOrPrivileged, add_common_flags, append_line, at_least, bar,
                            choose_device, clip_loader, criterion, fingerprint, gather, keep_progress, load,
-                           part_windows, restore_progress, result_line, run_features, run_folder, save, score, seed_all, show,
-                           snapshot, start_log, train_teacher)
+                           part_windows, restore_progress, result_line, run_features, run_folder, save, score,
+                           seed_all, show, snapshot, start_log)
 from train_teacher import make_settings as teacher_settings
 from train_teacher import parse as parse_teacher
 
@@ -40,8 +42,7 @@ METHODS = ("pkdot", "cosine", "mse", "kl", "rkd", "none")
 # Section IV-B unless marked; epsilon in units of the cost 1/2 |x - y|^2. 20 epochs are the release's.
 DEFAULT = {"method": "pkdot", "lambda": 0.4, "k": 30, "epsilon": 0.1, "debias": True, "anchors": "dissimilar",
            "batch_size": 128, "lr": 1e-4, "epochs": 20, "finetune": False, "select": "val", "seed": 0, "amp": False}
-SAVE_EVERY = 30  # seconds between two files to resume from
-STAND_IN_EPOCHS = 100  # one batch is all of the stand-in's training samples, so an epoch is a single step
+STAND_IN_EPOCHS = {"biovid_a": 100, "biovid_b": 100, "affwild2": 50}  # its epochs are of a step or two
 
 
 def distillation_loss(choice, output_s, z_s, output_t, z_t, k):
@@ -75,7 +76,7 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
     visual, privileged = (features.rows[m].to(device) for m in ("visual", "privileged"))
     part = data.parts(features, settings["fold"])
     index, keep = part_windows(features, part, "train", dense=True)
-    label = data.sample_labels(features.label, index, keep).to(device)
+    label, index = data.sample_labels(features.label, index, keep).to(device), index.to(device)
     chosen_on = part_windows(features, part, "test" if choice["select"] == "test" else "val")
     test = part_windows(features, part, "test")
     b, k = min(choice["batch_size"], len(index)), min(choice["k"], len(index))
@@ -84,23 +85,30 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
 
     teacher = models.fusion_head(settings).to(device).eval().requires_grad_(False)
     teacher.load_state_dict(state["head"])
+    with torch.no_grad():  # frozen teacher, frozen features: it answers once for all epochs, (S, ...) and (S, m)
+        answers = [teacher(visual[rows], privileged[rows]) for rows in index.split(256)]
+    output_t, z_t = (torch.cat(answer) for answer in zip(*answers, strict=True))
     seed_all(choice["seed"], 3)
     student = models.student(settings)
     student.tnet.load_state_dict(state["tnet"])
     stage1 = VisualOrPrivileged(student.backbone, settings)
     stage1.load_state_dict(load(run / "visual.pt", "visual")["model"])
     student.to(device).requires_grad_(False)
-    trained = torch.nn.ModuleDict({"head": student.head, **({"backbone": student.backbone} if choice["finetune"] else {})})
+    trained = torch.nn.ModuleDict({"head": student.head})
+    if choice["finetune"]:
+        trained["backbone"] = student.backbone
     trained.requires_grad_(True)
-    optimizer = torch.optim.Adam(trained.parameters(), lr=choice["lr"])
+    optimizer = torch.optim.Adam(trained.parameters(), lr=choice["lr"], fused=True)
     frozen = fingerprint(teacher.state_dict(), student.tnet.state_dict())
-    source = data.open_dataset(settings["dataset"], settings["root"], settings["outputs"], settings["length"],
-                               settings["image_size"], privileged=False) if choice["finetune"] else None
+    if choice["finetune"]:
+        source = open_faces(settings)
+        videos = Samples(source, "visual", index.cpu(), keep)
 
-    def outputs(windows):  # of the student, by the path it was trained on: cached features, or video
+    def outputs(windows):  # of the student, by the path it was trained on: video, or cached features
         if choice["finetune"]:
+            samples = Samples(source, "visual", *windows)
             return gather(lambda batch: student(batch[0].to(device))[0],
-                          clip_loader(Samples(source, "visual", *windows), torch.arange(len(windows[0])), b, args))
+                          clip_loader(samples, torch.arange(len(samples)), b, args))
         return gather(lambda rows: student.fuse(visual[rows])[0], windows[0].to(device).split(256))
 
     progress = run / f"student-{choice['method']}.progress"
@@ -116,18 +124,16 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
         total_gt = total_w = 0.0
         order = torch.randperm(len(index))
         order = order[:len(order) - len(order) % b]  # S wants b rows
-        clips = iter(clip_loader(Samples(source, "visual", index, keep), order, b, args)) if choice["finetune"] else None
+        clips = iter(clip_loader(videos, order, b, args)) if choice["finetune"] else None
         for batch in order.split(b):
-            rows = index[batch].to(device)  # (b, L)
-            v, p = visual[rows], privileged[rows]  # (b, L, 512)
-            with torch.no_grad():
-                output_t, z_t = teacher(v, p)  # (b, m)
+            batch = batch.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=choice["amp"]):
-                output_s, z_s = student(next(clips)[0].to(device)) if clips else student.fuse(v)
-            loss_gt = task_loss(output_s.float(), label[batch.to(device)])  # Eq. 7 or 8
+                # video (b, L, 3, F, H, W), or cached features (b, L, 512)
+                output_s, z_s = student(next(clips)[0].to(device)) if clips else student.fuse(visual[index[batch]])
+            loss_gt = task_loss(output_s.float(), label[batch])  # Eq. 7 or 8
             loss = loss_gt
             if choice["method"] != "none" and choice["lambda"] > 0:
-                W = distillation_loss(choice, output_s, z_s, output_t, z_t, k)  # Eq. 1-6
+                W = distillation_loss(choice, output_s, z_s, output_t[batch], z_t[batch], k)  # Eq. 1-6
                 loss = loss_gt + choice["lambda"] * W  # Eq. 9
                 total_w += W.detach()
             optimizer.zero_grad()
@@ -148,7 +154,7 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
             if epoch % max(choice["epochs"] // 10, 1) == 0 or epoch + 1 == choice["epochs"]:
                 tqdm.write(f"epoch {epoch + 1:3d}  L_gt {line['loss_gt']:.4f}  lambda W {line['lambda_w']:.4f}  "
                            f"{choice['select'].replace('last', 'val')} {show(scores)}")
-        if keep_student and time.time() - saved > args.save_every:
+        if keep_student and time.time() - saved > train_teacher.SAVE_EVERY:
             keep_progress(progress, settings, epoch, trained, optimizer, best)
             saved = time.time()
         if watch:
@@ -161,9 +167,16 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
         save(run / f"student-{choice['method']}.pt", dict(kind="student", settings=settings, scores=scores,
                                                           epoch=best["epoch"] + 1, model=snapshot(student)))
         progress.unlink(missing_ok=True)
-    record = result_line(settings, "student", scores, time.time() - start, **identity(choice, state), epoch=best["epoch"] + 1)
+    record = result_line(settings, "student", scores, time.time() - start, epoch=best["epoch"] + 1,
+                         **identity(choice, state))
     append_line(args.out / "results.jsonl", record)
     return record
+
+
+def open_faces(settings, root=None):
+    """The data set a run was trained on, without its privileged files."""
+    return data.open_dataset(settings["dataset"], root or settings["root"], settings["outputs"], settings["length"],
+                             settings["image_size"], privileged=False)
 
 
 def open_run(run, state):
@@ -188,6 +201,10 @@ def code_digest():
     return hashlib.sha256("".join(trees).encode()).hexdigest()[:12]
 
 
+def default_epochs(settings):
+    return STAND_IN_EPOCHS[settings["dataset"]] if settings["synthetic"] else DEFAULT["epochs"]
+
+
 def newest_teacher(out):
     found = sorted(out.glob("*/*/fold*/teacher.pt"), key=lambda p: p.stat().st_mtime)
     if not found:
@@ -205,8 +222,7 @@ def load_student(path, device):
 def evaluate(path, args):
     """Test score of a saved student, from the faces alone: no privileged file is opened."""
     student, settings = load_student(path, args.device)
-    source = data.open_dataset(settings["dataset"], args.root or settings["root"], settings["outputs"],
-                               settings["length"], settings["image_size"], privileged=False)
+    source = open_faces(settings, args.root)
     test = part_windows(source, data.parts(source, settings["fold"]), "test")
     loader = clip_loader(Samples(source, "visual", *test), torch.arange(len(test[0])), 32, args)
     scores = score(gather(lambda batch: student(batch[0].to(args.device))[0], bar(loader, "evaluate")), source, *test)
@@ -240,8 +256,9 @@ def predict(folder, path, args):
 
 # --------------------------------------------------------------------------------------------------- tables, figures
 
-# A table is (title, columns, rows). A column is (heading, data set, classes, metric, what it changes in the choice); a row
-# is (label, "visual" or "multimodal" for a bound or what it changes in the choice, the paper's numbers as it prints them).
+# A table is (title, columns, rows). A column is (heading, data set, classes, metric, changes of the choice). A row is
+# (label, what is ours, the paper's numbers as it prints them), where ours is a bound ("visual" or "multimodal"), a
+# student (changes of the choice), or None for what others have published.
 
 TABLE_I = {
     "biovid_a": "BioVid (A): visual (weak, prevalent) + EDA (strong, privileged), feature concatenation, SEW",
@@ -268,23 +285,33 @@ TABLES = {
         ("MobileNet [46]", None, ("0.28", "0.44")),
         ("RegNet + GRU [47]", None, ("0.43", "0.57")),
         ("ResNeXt + SENet [48]", None, ("0.51", "0.48")),
-        (LOWER, "visual", ("0.41", "0.51")), (STUDENT, {}, ("0.43", "0.56")), (UPPER, "multimodal", ("0.67", "0.59"))]),
+        (LOWER, "visual", ("0.41", "0.51")),
+        (STUDENT, {}, ("0.43", "0.56")),
+        (UPPER, "multimodal", ("0.67", "0.59"))]),
     "4": ("Table IV: visual-only methods, BioVid (A)", [
-        ("BL1 vs. PA4 accuracy", "biovid_a", 2, "accuracy", {}), ("5 classes accuracy", "biovid_a", 5, "accuracy", {})], [
+        ("BL1 vs. PA4 accuracy", "biovid_a", 2, "accuracy", {}),
+        ("5 classes accuracy", "biovid_a", 5, "accuracy", {})], [
         ("Sparse LSTM [19]", None, ("61.70", "29.70")),
         ("ViT [18]", None, ("72.11", "NR")),
         ("FAD + RF [49]", None, ("72.40", "30.80")),
         ("GNN [50]", None, ("73.20", "NR")),
         ("ViT [51]", None, ("73.28", "31.52")),
         ("ResNet-18 [52]", None, ("NR", "36.60")),
-        (LOWER, "visual", ("72.10", "30.38")), (STUDENT, {}, ("74.55", "33.65")), (UPPER, "multimodal", ("83.50", "36.40"))]),
+        (LOWER, "visual", ("72.10", "30.38")),
+        (STUDENT, {}, ("74.55", "33.65")),
+        (UPPER, "multimodal", ("83.50", "36.40"))]),
     "5": ("Table V: visual-only methods, BioVid (B)", [BIOVID_B], [
         ("Handcrafted + RF [22]", None, ("72.70",)),
-        (LOWER, "visual", ("74.10",)), (STUDENT, {}, ("78.76",)), (UPPER, "multimodal", ("81.30",))]),
+        (LOWER, "visual", ("74.10",)),
+        (STUDENT, {}, ("78.76",)),
+        (UPPER, "multimodal", ("81.30",))]),
     "choices": ("Choices that the paper leaves open (not in the paper)", [BIOVID_B, VALENCE, AROUSAL], [
         (label, change, (DASH, DASH, DASH)) for label, change in [
-            ("PKDOT", {}), ("anchors: most similar", {"anchors": "similar"}), ("anchors: random", {"anchors": "random"}),
-            ("not debiased (Eq. 5)", {"debias": False}), *((f"lambda {x:g}", {"lambda": x}) for x in (0, 0.1, 1, 4, 10)),
+            ("PKDOT", {}),
+            ("anchors: most similar", {"anchors": "similar"}),
+            ("anchors: random", {"anchors": "random"}),
+            ("not debiased (Eq. 5)", {"debias": False}),
+            *((f"lambda {x:g}", {"lambda": x}) for x in (0.0, 0.1, 1.0, 4.0, 10.0)),
             ("the release's settings", {"epsilon": 0.01, "lambda": 0.6, "select": "test"})]])}
 FIGURES = {
     "6": ("Figure 6: batch size and number of anchors", [
@@ -313,7 +340,7 @@ def values(records, column, row, base):
         want, found = {"role": change}, {}
     else:
         want, found = {"role": "student", **base, **change, **column_change}, {}
-        want.pop("seed", None)
+        want = {key: value for key, value in want.items() if key != "seed" and value is not None}
     want.update(dataset=dataset, classes=classes)
     for record in records:
         if metric in record and all(record.get(key) == value for key, value in want.items()):
@@ -328,7 +355,8 @@ def interval(ours, theirs):
     fold the seeds are what is left to vary. theirs may have one run a fold (a bound): it pairs with every seed.
     """
     by_fold = {fold: value for (fold, _), value in theirs.items()} if len({s for _, s in theirs}) == 1 else {}
-    pairs = {key: ours[key] - theirs.get(key, by_fold.get(key[0])) for key in ours if key in theirs or key[0] in by_fold}
+    pairs = {key: value - theirs.get(key, by_fold.get(key[0])) for key, value in ours.items()
+             if key in theirs or key[0] in by_fold}
     folds = {fold: [d for (f, _), d in pairs.items() if f == fold] for fold, _ in pairs}
     sample = [statistics.mean(d) for d in folds.values()] if len(folds) > 1 else list(pairs.values())
     if len(sample) < 2:
@@ -346,11 +374,12 @@ def format_table(table, records, base, synthetic):
     title, columns, rows = table
     lines = [("SYNTHETIC DATA - " if synthetic else "") + title]
     lines += [TABLE_I[dataset] for dataset in dict.fromkeys(column[1] for column in columns)]
-    changed = [f"{key} {value}" for key, value in base.items() if DEFAULT.get(key, value) != value and key != "seed"]
+    changed = [f"{key} {value}" for key, value in base.items() if value not in (None, DEFAULT[key]) and key != "seed"]
     lines += [f"with {', '.join(changed)}"] * bool(changed)
     published = any(p != DASH for row in rows for p in row[2])
     grid = [["", *(f"{c[0]}: paper | ours" if published else c[0] for c in columns)]]
-    found = {(i, j): values(records, column, row, base) for i, row in enumerate(rows) for j, column in enumerate(columns)}
+    found = {(i, j): values(records, column, row, base)
+             for i, row in enumerate(rows) for j, column in enumerate(columns)}
     for i, row in enumerate(rows):
         cells = [row[0]]
         for j, column in enumerate(columns):
@@ -367,7 +396,7 @@ def format_table(table, records, base, synthetic):
             cells.append(f"{row[2][j]:>5} | {ours}" if published else ours)
         grid.append(cells)
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in grid]
+    lines += ["  ".join(c.ljust(width) for c, width in zip(cells, widths, strict=True)).rstrip() for cells in grid]
     reference = next((i for i, row in enumerate(rows) if row[1] == {}), None)
     for j, column in enumerate(columns):
         for i, row in enumerate(rows):
@@ -391,7 +420,8 @@ def run_missing(table, base, args):
         except UserError as error:
             print(f"{dataset} not run: {error}", file=sys.stderr)
             continue
-        choices = [{**base, **row[1], **column[4]} for row in table[2] for column in table[1]
+        epochs = base["epochs"] or default_epochs(teachers[0][1]["settings"])
+        choices = [{**base, **row[1], **column[4], "epochs": epochs} for row in table[2] for column in table[1]
                    if column[1] == dataset and isinstance(row[1], dict) and not undefined(column, row)]
         for path, state in teachers:
             settings = state["settings"]
@@ -421,16 +451,17 @@ def ensure_teachers(dataset, classes, args):
     for fold in folds:
         path = run_folder({**settings, "fold": fold}, args.out) / "teacher.pt"
         if not path.exists():
-            train_teacher({**settings, "fold": fold}, teacher_args)
+            train_teacher.train_teacher({**settings, "fold": fold}, teacher_args)
         state = load(path, "teacher")
         if state["settings"]["root"] != settings["root"]:
-            raise UserError(f"{path} was trained on {state['settings']['root']}, not {settings['root']}; give another --out")
+            raise UserError(f"{path} was trained on {state['settings']['root']}, not {settings['root']}; "
+                            "give another --out")
         found.append((path, state))
     return found
 
 
 def for_features(table, args):
-    """A table's comparison on a features file instead: the same rows, the file's own metric, no number of the paper's."""
+    """A table's comparison on a features file: the same rows, the file's own metric, no number of the paper's."""
     source = data.Features(args.root)
     metrics = ["accuracy"] if source.task == "classification" else ["valence", "arousal"]
     classes = source.outputs if source.task == "classification" else "va"
@@ -459,7 +490,8 @@ def draw_figure(name, base, args):
              for row in rows]
     path = args.out / f"figure{name}.csv"
     with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([["", *(c[0] for c in columns)], *([row[0], *m] for row, m in zip(rows, means, strict=True))])
+        csv.writer(file).writerow(["", *(c[0] for c in columns)])
+        csv.writer(file).writerows([row[0], *mean] for row, mean in zip(rows, means, strict=True))
     print(path)
     try:
         from matplotlib import pyplot
@@ -481,12 +513,13 @@ def figure_5(base, args):
     """Similarity matrices (Eq. 4) of the teacher, and of the student before, halfway through and after training."""
     dataset = args.dataset or "biovid_b"
     classes = "va" if dataset == "affwild2" else 2
-    path, state = ensure_teachers(dataset, classes, args)[args.fold_number - 1]
+    path, state = ensure_teachers(dataset, classes, args)[0]
     settings, features = state["settings"], open_run(path.parent, state)
+    choice = {**base, "epochs": base["epochs"] or default_epochs(settings)}
     index, _ = part_windows(features, data.parts(features, settings["fold"]), "train", dense=True)
-    rank = features.label[index[:, 0]] if settings["task"] == "classification" else features.label[index[:, -1], 0]
-    index = index[:: max(len(index) // 128, 1)][:128] if len(index) > 128 else index
-    rank = features.label[index[:, 0]] if settings["task"] == "classification" else features.label[index[:, -1], 0]
+    index = index[torch.linspace(0, len(index) - 1, min(len(index), 128)).long()]  # 128 of them, evenly spread
+    label = features.label[index[:, -1]]
+    rank = label if settings["task"] == "classification" else label[:, 0]
     index = index[rank.argsort(stable=True)].to(args.device)
     v, p = (features.rows[m].to(args.device)[index] for m in ("visual", "privileged"))
     teacher = models.fusion_head(settings).to(args.device).eval()
@@ -495,17 +528,74 @@ def figure_5(base, args):
         S = {"teacher": cosine_similarity_matrix(teacher(v, p)[1])}
 
     def watch(epoch, student):
-        if epoch in (0, base["epochs"] // 2, base["epochs"]):
+        if epoch in (0, choice["epochs"] // 2, choice["epochs"]):
             with torch.no_grad():
                 S[f"student, epoch {epoch}"] = cosine_similarity_matrix(student.eval().fuse(v)[1])
 
-    distil(path, base, args, keep_student=False, watch=watch)
+    distil(path, choice, args, keep_student=False, watch=watch)
     for name, matrix in S.items():
-        print(f"{name}: mean similarity {matrix.mean():.3f}, mean |S - S_teacher| {(matrix - S['teacher']).abs().mean():.3f}")
+        print(f"{name}: mean similarity {matrix.mean():.3f}, "
+              f"mean |S - S_teacher| {(matrix - S['teacher']).abs().mean():.3f}")
     out = args.out / f"figure5-{dataset}{'-synthetic' * settings['synthetic']}.png"
     images = [(matrix[None].cpu() + 1) / 2 for matrix in S.values()]  # black is -1, white is 1
     save_image([image.repeat_interleave(3, 1).repeat_interleave(3, 2) for image in images], out, nrow=4, padding=6)
     print(f"{out}: {', '.join(S)}; samples sorted by class" + " (SYNTHETIC DATA)" * settings["synthetic"])
+
+
+def benchmark(args):
+    """What a step of stage 3 costs, how much of it is the OT, and what bounds feature extraction."""
+    device, b, rows = args.device, 128, 6960  # BioVid's five classes without a test fold: 8,700 * 4 / 5
+
+    def seconds(step, repeats=20):
+        times = []
+        for _ in range(repeats + 2):  # two to warm up
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[2:])
+
+    torch.manual_seed(0)
+    settings = {**DEFAULTS["biovid_b"], "dataset": "biovid_b", "task": "classification", "outputs": 2}
+    student = models.student(settings).to(device)
+    visual = torch.randn(rows, 1, models.D, device=device)
+    label, z_t = torch.randint(2, (rows,), device=device), torch.randn(rows, models.D, device=device)
+    optimizer = torch.optim.Adam(student.head.parameters(), lr=1e-4, fused=True)
+
+    def step(batch):
+        output_s, z_s = student.fuse(visual[batch])
+        loss = task_loss(output_s, label[batch]) + 0.4 * pkdot_loss(z_s, z_t[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    z = torch.randn(b, models.D, device=device, requires_grad=True)
+    first = torch.arange(b)
+    whole, ot = seconds(lambda: step(first)), seconds(lambda: pkdot_loss(z, z_t[:b]).backward())
+    epoch = seconds(lambda: [step(batch) for batch in torch.randperm(rows).split(b)[:-1]], 1)
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians\n"
+          f"distillation step on cached features, b {b}, multimodal transformer: {1e3 * whole:.1f} ms, of which "
+          f"pkdot_loss forward and backward {1e3 * ot:.1f} ms ({ot / whole:.0%})\n"
+          f"epoch of {rows} x {models.D} features: {epoch:.2f} s")
+
+    clips, size = 16, 112
+    with tempfile.TemporaryDirectory() as folder:
+        faces = torch.randint(256, (data.BioVid.FRAMES, 8, 8, 3), dtype=torch.uint8).numpy()
+        data.write_jpegs(Path(folder) / "faces", "img_{:05d}.jpg", faces, [True] * len(faces), scale=size // 8)
+        paths = sorted((Path(folder) / "faces").iterdir())
+        decode = seconds(lambda: data.read_frames(paths, size))
+    backbone = student.backbone.eval()
+    video = torch.randint(256, (clips, 1, 3, data.BioVid.FRAMES, size, size), dtype=torch.uint8)
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+        forward = seconds(lambda: backbone(video.to(device)), 3) / clips
+    print(f"feature extraction, {data.BioVid.FRAMES} x {size} x {size} jpg: decoding {1 / decode:.1f} clips/s "
+          f"a worker, R3D-18 {1 / forward:.1f} clips/s{' (bfloat16)' * args.amp}; the slower bounds it\n"
+          f"two R3D-18 forwards of {b} clips in every step, as the release does: {2 * b * forward:.1f} s a step, "
+          f"{2 * b * forward / whole:.0f} times ours")
+    steps = sum(20 * (rows // size) for size in (32, 64, 128, 256)) * 3 * 5  # Figure 6: 20 epochs, 3 k, 5 folds
+    samples = sum(20 * (rows // size) * size for size in (32, 64, 128, 256)) * 3 * 5
+    print(f"Figure 6 that way: {steps} steps, {2 * samples * forward / 3600:.0f} h (an estimate from the line above)")
 
 
 def parse(argv=None):
@@ -513,25 +603,25 @@ def parse(argv=None):
     parser.add_argument("--teacher", type=Path, metavar="FILE", help="default: the newest teacher.pt under --out")
     parser.add_argument("--fold", choices=["1", "2", "3", "4", "5", "all"], help="the teacher's sibling of this fold")
     parser.add_argument("--method", choices=METHODS, default="pkdot", help="default pkdot")
-    parser.add_argument("--lambda", type=at_least(0, float), default=0.4, help="weight of the OT loss, Eq. 9; default 0.4")
+    parser.add_argument("--lambda", type=at_least(0, float), default=0.4, help="weight of W in Eq. 9; default 0.4")
     parser.add_argument("--k", type=at_least(1), default=30, help="anchors; default 30")
     parser.add_argument("--epsilon", type=at_least(1e-9, float), default=0.1,
                         help="Eq. 5, in units of the cost 1/2 |x - y|^2; default 0.1 (the release's blur 0.1 is 0.01)")
     parser.add_argument("--no-debias", dest="debias", action="store_false", help="Eq. 5 to the letter")
     parser.add_argument("--anchors", choices=ANCHORS, default="dissimilar", help="default dissimilar, the paper's")
-    parser.add_argument("--batch-size", type=at_least(2), default=128, help="rows of the similarity matrix; default 128")
+    parser.add_argument("--batch-size", type=at_least(2), default=128, help="b in Eq. 1; default 128")
     parser.add_argument("--lr", type=at_least(0, float), default=1e-4, help="default 1e-4")
-    parser.add_argument("--epochs", type=at_least(1), help="default 20 (the release's); "
-                        f"{STAND_IN_EPOCHS} on a stand-in, whose epochs are of a step or two")
+    parser.add_argument("--epochs", type=at_least(1), help="default 20 (the release's); more on a stand-in")
     parser.add_argument("--finetune", action="store_true", help="train the visual backbone too, from video")
-    parser.add_argument("--select", choices=("val", "test", "last"), default="val", help="what chooses the epoch: held-out "
-                        "training subjects (default), the test fold (the release), or nothing")
+    parser.add_argument("--select", choices=("val", "test", "last"), default="val", help="what chooses the epoch: "
+                        "held-out training subjects (default), the test fold (the release), or nothing")
     add_common_flags(parser)
     job = parser.add_mutually_exclusive_group()
-    job.add_argument("--evaluate", type=Path, metavar="STUDENT.pt", help="test score of a saved student, from faces alone")
+    job.add_argument("--evaluate", type=Path, metavar="STUDENT.pt", help="a saved student's test score, from faces")
     job.add_argument("--predict", type=Path, metavar="FOLDER", help="csv of a student's predictions for face crops")
-    job.add_argument("--table", choices=TABLES, help="the paper's table, or our choices, after training what is missing")
+    job.add_argument("--table", choices=TABLES, help="the paper's table, or our choices; trains what is missing")
     job.add_argument("--figure", choices=("5", *FIGURES), help="the paper's figure, likewise")
+    job.add_argument("--benchmark", action="store_true", help="time a distillation step, an epoch and the extraction")
     parser.add_argument("--student", type=Path, metavar="STUDENT.pt", help="for --predict")
     parser.add_argument("--dataset", choices=data.DATASETS, help="tables and figures: this data set alone")
     parser.add_argument("--seeds", type=at_least(1), default=1, help="tables and figures: students a fold; default 1")
@@ -542,16 +632,16 @@ def parse(argv=None):
 def main():
     args = parse()
     args.device = choose_device(args.device)
-    args.save_every = SAVE_EVERY
     if args.evaluate:
         return evaluate(args.evaluate, args)
     if args.predict:
         if not args.student:
             raise UserError("--predict needs --student STUDENT.pt")
         return predict(args.predict, args.student, args)
+    if args.benchmark:
+        return benchmark(args)
     choice = {key: getattr(args, key) for key in DEFAULT}
     if args.table or args.figure:
-        choice["epochs"] = args.epochs or (STAND_IN_EPOCHS if args.synthetic else DEFAULT["epochs"])
         if args.dataset == "features" and not args.root:
             raise UserError("--dataset features needs --root FILE.npz")
         if args.figure == "5":
@@ -562,7 +652,7 @@ def main():
     for path in [teacher.parent.parent / f"fold{fold}" / "teacher.pt" for fold in folds] or [teacher]:
         state = load(path, "teacher")
         settings, scores = state["settings"], state["scores"]
-        choice["epochs"] = args.epochs or (STAND_IN_EPOCHS if settings["synthetic"] else DEFAULT["epochs"])
+        choice["epochs"] = args.epochs or default_epochs(settings)
         start_log(path.parent)
         print(f"{path}, test: visual only {show(scores['visual'])}, teacher {show(scores['multimodal'])}")
         record = distil(path, choice, args)

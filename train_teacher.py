@@ -31,6 +31,8 @@ import models
 from data import DATASETS, Samples, UserError, windows
 from pkdot import ccc, task_loss, valid
 
+SAVE_EVERY = 30  # seconds between two files to resume from: an epoch on cached features is too short for each
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, like every other error of the user's."""
@@ -226,7 +228,7 @@ for _settings in DEFAULTS.values():  # not stated in the paper, but for the imag
     _settings.update(classes=2, backbone_epochs=30, fusion_epochs=50, image_size=112)
 STAND_IN = {  # few samples and a CPU: smaller images, smaller batches, more passes over less
     "biovid": dict(image_size=32, batch_size=16, backbone_epochs=8, fusion_epochs=400),
-    "affwild2": dict(image_size=48, batch_size=4, lr=1e-4, backbone_epochs=10, fusion_epochs=50)}
+    "affwild2": dict(image_size=48, batch_size=4, lr=1e-4, backbone_epochs=10, fusion_epochs=20)}
 
 
 class VisualOrPrivileged(nn.Module):
@@ -261,7 +263,7 @@ def train_backbone(modality, source, part, settings, args, run):
     if isinstance(backbone, (models.FeatureMLP, models.SpectrogramResNet18)):
         backbone.standardise(*statistics(clip_loader(train, torch.arange(len(train)), 64, args)))
     model.to(args.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings["lr"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings["lr"], fused=True)
     first, best = 0, None
     if args.resume and progress.exists():
         first, best = restore_progress(progress, settings, model, optimizer)
@@ -270,6 +272,7 @@ def train_backbone(modality, source, part, settings, args, run):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
             return model(batch[0].to(args.device, non_blocking=True))
 
+    saved = time.time()
     for epoch in range(first, settings["backbone_epochs"]):
         start = time.time()
         seed_all(settings["seed"], epoch)
@@ -288,12 +291,15 @@ def train_backbone(modality, source, part, settings, args, run):
         scores = score(gather(forward, clip_loader(val, val_order, settings["batch_size"], args)), source, *val.windows)
         if best is None or criterion(scores) > best["score"]:  # the epoch is chosen on the held-out training groups
             best = dict(score=criterion(scores), epoch=epoch, model=snapshot(model))
-        keep_progress(progress, settings, epoch, model, optimizer, best)
-        line = dict(stage=modality, epoch=epoch + 1, loss=float(total) / len(loader), **scores, seconds=time.time() - start)
+        if time.time() - saved > SAVE_EVERY:
+            keep_progress(progress, settings, epoch, model, optimizer, best)
+            saved = time.time()
+        line = dict(stage=modality, epoch=epoch + 1, loss=float(total) / len(loader), **scores,
+                    seconds=time.time() - start)
         append_line(run / "log.jsonl", line)
         print(f"{modality} epoch {epoch + 1:3d}  loss {line['loss']:.4f}  val {show(scores)}  {line['seconds']:.1f} s")
     save(path, dict(kind=modality, settings=settings, **best))
-    progress.unlink()
+    progress.unlink(missing_ok=True)
     model.load_state_dict(best["model"])
     return model
 
@@ -358,12 +364,14 @@ def extract_features(backbones, source, settings, args, path):
 
 
 def train_fusion(features, part, settings, args, run):
-    """Stage 2, second half: fusion head on the task loss, T-Net on MSE(T(visual), privileged); both on the CPU's or
-    GPU's copy of the features, a window being rows picked by index. Returns the best of each by validation."""
+    """Stage 2, second half: fusion head on the task loss, T-Net on MSE(T(visual), privileged); the best epoch of each.
+
+    The features lie on the device once, and a batch of windows is rows picked by index: nothing is copied per window.
+    """
     progress = run / "fusion.progress"
     seed_all(settings["seed"], 2)
     model = nn.ModuleDict({"head": models.fusion_head(settings), "tnet": models.TNet()}).to(args.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings["fusion_lr"])  # they share no weight and no gradient
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings["fusion_lr"], fused=True)  # no weight in common
     visual, privileged = (features.rows[m].to(args.device) for m in ("visual", "privileged"))
     index, keep = part_windows(features, part, "train", dense=True)
     label = data.sample_labels(features.label, index, keep).to(args.device)
@@ -371,7 +379,7 @@ def train_fusion(features, part, settings, args, run):
     first, best = 0, dict(head=None, tnet=None)
     if args.resume and progress.exists():
         first, best = restore_progress(progress, settings, model, optimizer)
-    start = time.time()
+    start = saved = time.time()
     for epoch in bar(range(first, settings["fusion_epochs"]), "fusion"):
         seed_all(settings["seed"], epoch)
         model.train()
@@ -391,9 +399,11 @@ def train_fusion(features, part, settings, args, run):
         for name, value in (("head", criterion(scores)), ("tnet", -mse)):
             if best[name] is None or value > best[name]["score"]:
                 best[name] = dict(score=value, epoch=epoch, model=snapshot(model[name]))
+        if time.time() - saved > SAVE_EVERY:
+            keep_progress(progress, settings, epoch, model, optimizer, best)
+            saved = time.time()
         append_line(run / "log.jsonl", dict(stage="fusion", epoch=epoch + 1, loss=loss_gt.item(),
                                             tnet_loss=loss_tnet.item(), tnet_val_mse=mse, **scores))
-    keep_progress(progress, settings, settings["fusion_epochs"] - 1, model, optimizer, best)
     variance = privileged[val[0].to(args.device)].var(dim=(0, 1), correction=0).mean().item()
     print(f"fusion {settings['fusion_epochs']} epochs in {time.time() - start:.1f} s; best of epoch "
           f"{best['head']['epoch'] + 1}; T-Net's of epoch {best['tnet']['epoch'] + 1}, which leaves "
@@ -418,7 +428,8 @@ def train_teacher(settings, args):
     part = data.parts(source, settings["fold"])
     run.mkdir(parents=True, exist_ok=True)
     start_log(run)
-    print(f"{run}: {source.describe()}; rows " + ", ".join(f"{p} {(part == p).sum()}" for p in ("train", "val", "test")))
+    print(f"{run}: {source.describe()}; rows "
+          + ", ".join(f"{name} {(part == name).sum()}" for name in ("train", "val", "test")))
     single = {m: train_backbone(m, source, part, settings, args, run).eval() for m in ("visual", "privileged")}
     extract_features({m: model.backbone for m, model in single.items()}, source, settings, args, run / "features.npz")
     features = run_features(run, settings)
@@ -432,7 +443,7 @@ def train_teacher(settings, args):
     scores = {role: score(output, features, *test) for role, output in outputs.items()}
     save(path, dict(kind="teacher", settings=settings, scores=scores, backbones=features.backbones,
                     head=model["head"].state_dict(), tnet=model["tnet"].state_dict()))
-    (run / "fusion.progress").unlink()
+    (run / "fusion.progress").unlink(missing_ok=True)
     for role, values in scores.items():
         append_line(args.out / "results.jsonl", result_line(settings, role, values, time.time() - start))
     return scores
@@ -466,10 +477,10 @@ def parse(argv=None):
     weights.add_argument("--visual-weights", metavar="FILE", help="state dict to start the visual backbone from")
     weights.add_argument("--pretrained", action="store_true", help="start r3d18 from torchvision's Kinetics weights")
     parser.add_argument("--image-size", type=at_least(32), help="pixels; default 112, the paper's; 32 with --synthetic")
-    parser.add_argument("--backbone-epochs", type=at_least(1), help="default 30 (not in the paper); fewer on a stand-in")
+    parser.add_argument("--backbone-epochs", type=at_least(1), help="default 30 (not stated in the paper)")
     parser.add_argument("--batch-size", type=at_least(1), help="backbones; default: BioVid 64, Affwild2 8")
     parser.add_argument("--lr", type=at_least(0, float), help="backbones; default 1e-3")
-    parser.add_argument("--fusion-epochs", type=at_least(1), help="default 50 (not in the paper); more on a stand-in")
+    parser.add_argument("--fusion-epochs", type=at_least(1), help="default 50 (not stated in the paper)")
     parser.add_argument("--fusion-batch-size", type=at_least(1), default=64, help="default 64")
     parser.add_argument("--fusion-lr", type=at_least(0, float), help="default: BioVid 1e-4, Affwild2 1e-3")
     return parser.parse_args(argv)
