@@ -30,7 +30,7 @@ def sinkhorn(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
 
     cost (..., n, m); a (..., n) or (n,) non-negative and of sum 1, uniform if None; b likewise. No gradient.
     Runs until every problem's marginals are within tol of a and b (L1), or warns after max_iter sweeps
-    (rounded up to a block). tol is at least 4 u max|C| / epsilon, u the dtype's unit: rounding the exponent
+    (rounded up to a block). tol is at least 8 u max|C| / epsilon, u the dtype's unit: rounding the exponent
     alone costs about that.
     Computes in float64 if cost is, else in float32, autocast or not.
     ValueError: cost not (..., n, m) or not finite, epsilon <= 0, weights of wrong shape or sum or negative.
@@ -117,7 +117,7 @@ def _solve(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
     """
     cost, a, b, scale = _checked(cost, epsilon, a, b)
     unit = torch.finfo(cost.dtype).eps
-    tol = max(tol, 4 * unit * scale / epsilon)
+    tol = max(tol, 8 * unit * scale / epsilon)
     a, b = (w.clamp(min=unit ** 2).unsqueeze(-1) for w in (a, b))  # points of no weight have a potential
     log_a, log_b, log_kernel = a.log(), b.log().mT, cost / -epsilon  # (..., n, 1), (..., 1, m), (..., n, m)
 

@@ -68,9 +68,6 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
     settings, run = state["settings"], Path(teacher_path).parent
     if choice["method"] == "kl" and settings["task"] == "regression":
         raise UserError("--method kl compares class probabilities, and valence/arousal has none; choose another method")
-    if choice["k"] > choice["batch_size"]:
-        raise UserError(f"--k {choice['k']}: the similarity matrix has only --batch-size {choice['batch_size']} rows; "
-                        "lower --k or raise --batch-size")
     device, settings = args.device, {**settings, "student": choice, "seed": choice["seed"]}
     features = open_run(run, state)
     visual, privileged = (features.rows[m].to(device) for m in ("visual", "privileged"))
@@ -442,8 +439,8 @@ def run_missing(table, base, args):
 def ensure_teachers(dataset, classes, args):
     """(path, state) of each fold's teacher for a table; what is missing is trained with train_teacher.py's defaults."""
     flags = ["--dataset", dataset, "--fold", "all", "--out", str(args.out), "--workers", str(args.workers), "--resume"]
-    flags += ["--synthetic"] * args.synthetic + ["--classes", str(classes)] * (classes != "va")
-    flags += ["--root", args.root] if args.root else []
+    flags += ["--synthetic"] * args.synthetic + (["--root", args.root] if args.root else [])
+    flags += ["--classes", str(classes)] if dataset.startswith("biovid") else []
     teacher_args = parse_teacher(flags)
     teacher_args.device = args.device
     settings, folds = teacher_settings(teacher_args)
@@ -632,6 +629,9 @@ def parse(argv=None):
 def main():
     args = parse()
     args.device = choose_device(args.device)
+    if args.k > args.batch_size:
+        raise UserError(f"--k {args.k}: the similarity matrix has only --batch-size {args.batch_size} rows; "
+                        "lower --k or raise --batch-size")
     if args.evaluate:
         return evaluate(args.evaluate, args)
     if args.predict:
