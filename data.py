@@ -107,8 +107,7 @@ def parts(source, fold):
     if len(rest) < 2 or not test.any():
         raise UserError(f"{source.path}: needs two training groups and a test part, has {len(rest)} groups "
                         f"and {test.sum()} test rows")
-    held_out = rest[(fold - 1) % len(rest)::8] if source.split is not None else rest[::8]
-    return np.where(test, "test", np.where(np.isin(source.group, held_out), "val", "train"))
+    return np.where(test, "test", np.where(np.isin(source.group, rest[::8]), "val", "train"))
 
 
 def read_frames(paths, size):

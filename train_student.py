@@ -63,70 +63,55 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
 
     watch(epoch, student), if given, is called before the first epoch and after each.
     """
-    start = time.time()
-    state = load(teacher_path, "teacher")
-    settings, run = state["settings"], Path(teacher_path).parent
+    begin = time.time()
+    state, run, device = load(teacher_path, "teacher"), Path(teacher_path).parent, args.device
+    settings = {**state["settings"], "student": choice, "seed": choice["seed"]}
     if choice["method"] == "kl" and settings["task"] == "regression":
         raise UserError("--method kl compares class probabilities, and valence/arousal has none; choose another method")
-    device, settings = args.device, {**settings, "student": choice, "seed": choice["seed"]}
     features = open_run(run, state)
-    visual, privileged = (features.rows[m].to(device) for m in ("visual", "privileged"))
     part = data.parts(features, settings["fold"])
     index, keep = part_windows(features, part, "train", dense=True)
-    label, index = data.sample_labels(features.label, index, keep).to(device), index.to(device)
-    chosen_on = part_windows(features, part, "test" if choice["select"] == "test" else "val")
     test = part_windows(features, part, "test")
+    # --select val: held-out training subjects choose the epoch; test: the test fold does (the release); last: nothing
+    chosen_on = test if choice["select"] == "test" else part_windows(features, part, "val")
     b, k = min(choice["batch_size"], len(index)), min(choice["k"], len(index))
     if b < choice["batch_size"] and keep_student:
         print(f"warning: only {len(index)} training samples; batches are of {b} and k is {k}", file=sys.stderr)
 
-    teacher = models.fusion_head(settings).to(device).eval().requires_grad_(False)
-    teacher.load_state_dict(state["head"])
-    with torch.no_grad():  # frozen teacher, frozen features: it answers once for all epochs, (S, ...) and (S, m)
-        answers = [teacher(visual[rows], privileged[rows]) for rows in index.split(256)]
-    output_t, z_t = (torch.cat(answer) for answer in zip(*answers, strict=True))
+    visual, rows = features.rows["visual"].to(device), index.to(device)  # (R, 512), (S, L)
+    label = data.sample_labels(features.label, index, keep).to(device)
+    output_t, z_t = teacher_answers(state, features, index, device)
     seed_all(choice["seed"], 3)
-    student = models.student(settings)
-    student.tnet.load_state_dict(state["tnet"])
-    stage1 = VisualOrPrivileged(student.backbone, settings)
-    stage1.load_state_dict(load(run / "visual.pt", "visual")["model"])
-    student.to(device).requires_grad_(False)
-    trained = torch.nn.ModuleDict({"head": student.head})
-    if choice["finetune"]:
-        trained["backbone"] = student.backbone
-    trained.requires_grad_(True)
+    student, trained = make_student(state, run, choice, device)
     optimizer = torch.optim.Adam(trained.parameters(), lr=choice["lr"], fused=True)
-    frozen = fingerprint(teacher.state_dict(), student.tnet.state_dict())
-    if choice["finetune"]:
-        source = open_faces(settings)
-        videos = Samples(source, "visual", index.cpu(), keep)
+    frozen = fingerprint(student.tnet.state_dict())
+    faces = open_faces(settings) if choice["finetune"] else None
 
-    def outputs(windows):  # of the student, by the path it was trained on: video, or cached features
-        if choice["finetune"]:
-            samples = Samples(source, "visual", *windows)
-            return gather(lambda batch: student(batch[0].to(device))[0],
-                          clip_loader(samples, torch.arange(len(samples)), b, args))
+    def outputs(windows):  # of the student, by the path it is trained on: video, or cached features
+        if faces:
+            loader = clip_loader(Samples(faces, "visual", *windows), torch.arange(len(windows[0])), b, args)
+            return gather(lambda batch: student(batch[0].to(device))[0], loader)
         return gather(lambda rows: student.fuse(visual[rows])[0], windows[0].to(device).split(256))
 
     progress = run / f"student-{choice['method']}.progress"
-    first, best = 0, None
+    first, best, saved = 0, None, time.time()
     if args.resume and keep_student and progress.exists():
         first, best = restore_progress(progress, settings, trained, optimizer)
     if watch:
         watch(0, student)
-    saved = time.time()
     for epoch in bar(range(first, choice["epochs"]), f"{choice['method']} fold {settings['fold']}"):
         seed_all(choice["seed"], epoch)
         trained.train()
         total_gt = total_w = 0.0
         order = torch.randperm(len(index))
         order = order[:len(order) - len(order) % b]  # S wants b rows
-        clips = iter(clip_loader(videos, order, b, args)) if choice["finetune"] else None
-        for batch in order.split(b):
-            batch = batch.to(device)
+        clips = iter(clip_loader(Samples(faces, "visual", index, keep), order, b, args)) if faces else None
+        for batch in order.to(device).split(b):
             with torch.autocast(device.type, torch.bfloat16, enabled=choice["amp"]):
-                # video (b, L, 3, F, H, W), or cached features (b, L, 512)
-                output_s, z_s = student(next(clips)[0].to(device)) if clips else student.fuse(visual[index[batch]])
+                if faces:
+                    output_s, z_s = student(next(clips)[0].to(device, non_blocking=True))  # (b, L, 3, F, H, W)
+                else:
+                    output_s, z_s = student.fuse(visual[rows[batch]])  # (b, L, 512)
             loss_gt = task_loss(output_s.float(), label[batch])  # Eq. 7 or 8
             loss = loss_gt
             if choice["method"] != "none" and choice["lambda"] > 0:
@@ -138,36 +123,64 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
             optimizer.step()
             total_gt += loss_gt.detach()
         trained.eval()
-        steps = len(order) // b
         scores = score(outputs(chosen_on), features, *chosen_on)
-        # --select val: held-out training subjects choose the epoch; test: the test fold does (the release); last: none
         if best is None or choice["select"] == "last" or criterion(scores) > best["score"]:
             best = dict(score=criterion(scores), epoch=epoch, model=snapshot(trained))
-        line = dict(stage="student", method=choice["method"], seed=choice["seed"], epoch=epoch + 1,
-                    loss_gt=float(total_gt) / steps, w=float(total_w) / steps,
-                    lambda_w=choice["lambda"] * float(total_w) / steps, **scores)
         if keep_student:
-            append_line(run / "log.jsonl", line)
-            if epoch % max(choice["epochs"] // 10, 1) == 0 or epoch + 1 == choice["epochs"]:
-                tqdm.write(f"epoch {epoch + 1:3d}  L_gt {line['loss_gt']:.4f}  lambda W {line['lambda_w']:.4f}  "
-                           f"{choice['select'].replace('last', 'val')} {show(scores)}")
+            log_epoch(run, choice, epoch, float(total_gt) * b / len(order), float(total_w) * b / len(order), scores)
         if keep_student and time.time() - saved > train_teacher.SAVE_EVERY:
             keep_progress(progress, settings, epoch, trained, optimizer, best)
             saved = time.time()
         if watch:
             watch(epoch + 1, student)
-    if fingerprint(teacher.state_dict(), student.tnet.state_dict()) != frozen:
-        raise RuntimeError("the frozen teacher or T-Net has changed during distillation")
+
+    if fingerprint(student.tnet.state_dict()) != frozen:
+        raise RuntimeError("the frozen T-Net has changed during distillation")
     trained.load_state_dict(best["model"])
     scores = score(outputs(test), features, *test)
     if keep_student:
-        save(run / f"student-{choice['method']}.pt", dict(kind="student", settings=settings, scores=scores,
-                                                          epoch=best["epoch"] + 1, model=snapshot(student)))
+        save(run / f"student-{choice['method']}.pt",
+             dict(kind="student", settings=settings, scores=scores, epoch=best["epoch"] + 1, model=snapshot(student)))
         progress.unlink(missing_ok=True)
-    record = result_line(settings, "student", scores, time.time() - start, epoch=best["epoch"] + 1,
+    record = result_line(settings, "student", scores, time.time() - begin, epoch=best["epoch"] + 1,
                          **identity(choice, state))
     append_line(args.out / "results.jsonl", record)
     return record
+
+
+@torch.no_grad()
+def teacher_answers(state, features, index, device):
+    """Output (S, ...) and z (S, m) of the frozen teacher for all windows: on frozen features it answers only once."""
+    teacher = models.fusion_head(state["settings"]).to(device).eval()
+    teacher.load_state_dict(state["head"])
+    visual, privileged = (features.rows[m].to(device) for m in ("visual", "privileged"))
+    answers = [teacher(visual[rows], privileged[rows]) for rows in index.to(device).split(256)]
+    return [torch.cat(answer) for answer in zip(*answers, strict=True)]
+
+
+def make_student(state, run, choice, device):
+    """The student, and the part of it that stage 3 trains; all else is frozen."""
+    student = models.student(state["settings"])
+    student.tnet.load_state_dict(state["tnet"])
+    stage1 = VisualOrPrivileged(student.backbone, state["settings"])
+    stage1.load_state_dict(load(run / "visual.pt", "visual")["model"])
+    if not state["backbones"].startswith(fingerprint(student.backbone.state_dict())):
+        raise UserError(f"{run}: visual.pt was trained again after teacher.pt; "
+                        "finish the teacher: train_teacher.py --resume with the same flags")
+    student.to(device).requires_grad_(False)
+    trained = torch.nn.ModuleDict({"head": student.head})
+    if choice["finetune"]:
+        trained["backbone"] = student.backbone
+    return student, trained.requires_grad_(True)
+
+
+def log_epoch(run, choice, epoch, loss_gt, w, scores):
+    """Task and OT terms apart: every epoch to log.jsonl, ten of them to the screen."""
+    append_line(run / "log.jsonl", dict(stage="student", method=choice["method"], seed=choice["seed"], epoch=epoch + 1,
+                                        loss_gt=loss_gt, w=w, lambda_w=choice["lambda"] * w, **scores))
+    if epoch % max(choice["epochs"] // 10, 1) == 0 or epoch + 1 == choice["epochs"]:
+        tqdm.write(f"epoch {epoch + 1:3d}  L_gt {loss_gt:.4f}  lambda W {choice['lambda'] * w:.4f}  "
+                   f"{'test' if choice['select'] == 'test' else 'val'} {show(scores)}")
 
 
 def open_faces(settings, root=None):
@@ -187,15 +200,21 @@ def open_run(run, state):
 
 def identity(choice, state):
     """What a line of results.jsonl must agree in to stand for a run: every choice, the teacher's weights, the code."""
-    teacher = fingerprint(state["head"], state["tnet"]) + state["backbones"]
+    teacher = "-".join((fingerprint(state["head"]), fingerprint(state["tnet"]), state["backbones"]))
     return {**choice, "teacher": teacher, "code": code_digest()}
 
 
 def code_digest():
-    """Changes when the method's code does, and not with its comments or layout."""
-    folder = Path(__file__).parent
-    trees = [ast.dump(ast.parse((folder / name).read_text())) for name in ("sinkhorn.py", "pkdot.py", "models.py")]
-    return hashlib.sha256("".join(trees).encode()).hexdigest()[:12]
+    """Changes when the method's code does, and not with its comments, docstrings or layout."""
+    digest = hashlib.sha256()
+    for name in ("sinkhorn.py", "pkdot.py", "models.py"):
+        tree = ast.parse((Path(__file__).parent / name).read_text())
+        for node in ast.walk(tree):
+            if isinstance(getattr(node, "body", None), list):
+                node.body = [n for n in node.body
+                             if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:12]
 
 
 def default_epochs(settings):
@@ -517,17 +536,14 @@ def figure_5(base, args):
     index = index[torch.linspace(0, len(index) - 1, min(len(index), 128)).long()]  # 128 of them, evenly spread
     label = features.label[index[:, -1]]
     rank = label if settings["task"] == "classification" else label[:, 0]
-    index = index[rank.argsort(stable=True)].to(args.device)
-    v, p = (features.rows[m].to(args.device)[index] for m in ("visual", "privileged"))
-    teacher = models.fusion_head(settings).to(args.device).eval()
-    teacher.load_state_dict(state["head"])
-    with torch.no_grad():
-        S = {"teacher": cosine_similarity_matrix(teacher(v, p)[1])}
+    index = index[rank.argsort(stable=True)]
+    S = {"teacher": cosine_similarity_matrix(teacher_answers(state, features, index, args.device)[1])}
+    visual = features.rows["visual"][index].to(args.device)
 
     def watch(epoch, student):
         if epoch in (0, choice["epochs"] // 2, choice["epochs"]):
             with torch.no_grad():
-                S[f"student, epoch {epoch}"] = cosine_similarity_matrix(student.eval().fuse(v)[1])
+                S[f"student, epoch {epoch}"] = cosine_similarity_matrix(student.eval().fuse(visual)[1])
 
     distil(path, choice, args, keep_student=False, watch=watch)
     for name, matrix in S.items():

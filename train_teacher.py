@@ -116,12 +116,11 @@ def start_log(run):
                                     "numpy": np.__version__, "date": time.strftime("%Y-%m-%d %H:%M:%S")})
 
 
-def fingerprint(*states):
-    """12 hex digits that identify weights."""
+def fingerprint(state):
+    """12 hex digits that identify a state dict."""
     digest = hashlib.sha256()
-    for state in states:
-        for key, value in state.items():
-            digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+    for key, value in state.items():
+        digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -359,7 +358,7 @@ def extract_features(backbones, source, settings, args, path):
         arrays["split"] = source.split[first]
     if source.task == "regression":
         arrays.update(frame_label=source.frame_label.numpy(), frame_row=source.frame_row.numpy())
-    arrays["backbones"] = np.array(fingerprint(*(b.state_dict() for b in backbones.values())))
+    arrays["backbones"] = np.array("-".join(fingerprint(b.state_dict()) for b in backbones.values()))
     data.save_features(path, arrays)
 
 
