@@ -97,7 +97,8 @@ def ccc(prediction, target):
     """
     if prediction.shape != target.shape or prediction.numel() == 0:
         raise ValueError(f"ccc needs two series of one length, got {tuple(prediction.shape)} and {tuple(target.shape)}")
-    x, y = prediction - prediction.mean(), target - target.mean()
+    # a constant's mean may be off by a rounding, which must not pass for variance
+    x, y = ((series - series.mean()) * (series != series[0]).any() for series in (prediction, target))
     denominator = x.square().mean() + y.square().mean() + (prediction.mean() - target.mean()).square()
     return 2 * (x * y).mean() / denominator.where(denominator > 0, 1)  # rho sigma_x sigma_y is the covariance
 

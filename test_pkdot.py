@@ -1,0 +1,1698 @@
+"""Every test of the project. Each has an oracle that is not the code under test: a closed form, a loop, scipy, a brute
+force, a permutation; none needs a GPU, the network or data that is not made here.
+
+    python -m pytest -q test_pkdot.py
+    python -m pytest -q test_pkdot.py -k "sinkhorn or pkdot_loss"
+"""
+import itertools
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import wavfile
+from scipy.optimize import linear_sum_assignment, minimize
+from scipy.special import logsumexp, softmax
+from torchvision.io import encode_jpeg
+
+import data
+import models
+import sinkhorn as sinkhorn_module
+import train_student
+import train_teacher
+from data import UserError
+from pkdot import ccc, cosine_loss, cosine_similarity_matrix, kl_loss, mse_loss, pkdot_loss, rkd_loss, task_loss
+from sinkhorn import ot_cost, sinkhorn, sinkhorn_divergence, transport_plan
+from train_teacher import score
+
+# ------------------------------------------------------------------------------------------------------------ sinkhorn
+
+
+def points(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def weights(*shape, seed=0):
+    return torch.softmax(points(*shape, seed=seed), -1)
+
+
+def squared(x, y):
+    return (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1) / 2
+
+
+def plain_sinkhorn(cost, epsilon, a=None, b=None, sweeps=20000, tol=1e-12):
+    """Log-domain Sinkhorn in numpy, float64: plan and value <pi, C> + epsilon KL."""
+    cost = np.asarray(cost, dtype=np.float64)
+    n, m = cost.shape
+    a, b = (np.full(k, 1 / k) if w is None else np.asarray(w, dtype=np.float64) for w, k in ((a, n), (b, m)))
+    g = np.zeros(m)
+    for _ in range(sweeps):
+        z = (g - cost) / epsilon
+        top = z.max(1, keepdims=True)
+        f = -epsilon * (top[:, 0] + np.log((np.exp(z - top) * b).sum(1)))
+        plan = np.exp((f[:, None] + g - cost) / epsilon) * a[:, None] * b
+        if np.abs(plan.sum(0) - b).sum() < tol:
+            break
+        z = (f[:, None] - cost) / epsilon
+        top = z.max(0, keepdims=True)
+        g = -epsilon * (top[0] + np.log((np.exp(z - top) * a[:, None]).sum(0)))
+    return plan, (plan * (f[:, None] + g)).sum(), np.abs(plan.sum(0) - b).sum()
+
+
+def unrolled_cost(cost, epsilon, sweeps=400):
+    """Eq. 5-6 with autograd through every sweep."""
+    log_n, log_m = math.log(cost.shape[0]), math.log(cost.shape[1])
+    g = torch.zeros(cost.shape[1], dtype=cost.dtype)
+    for _ in range(sweeps):
+        f = -epsilon * torch.logsumexp((g - cost) / epsilon - log_m, 1)
+        g = -epsilon * torch.logsumexp((f[:, None] - cost) / epsilon - log_n, 0)
+    log_density = (f[:, None] + g - cost) / epsilon
+    plan = (log_density - log_n - log_m).exp()
+    return (plan * cost).sum() + epsilon * (plan * log_density).sum()
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (5, 9), (2, 3, 6, 4), (1, 1), (1, 5)])
+@pytest.mark.parametrize("epsilon", [0.05, 1.0])
+def test_marginals(shape, epsilon):
+    cost = points(*shape).square()
+    a, b = weights(*shape[:-1]), weights(*shape[:-2], shape[-1], seed=1)
+    plan = transport_plan(cost, *sinkhorn(cost, epsilon, a, b, tol=1e-9), epsilon, a, b)
+    assert (plan.sum(-1) - a).abs().sum(-1).max() < 1e-9 and (plan.sum(-2) - b).abs().sum(-1).max() < 1e-9
+
+
+@pytest.mark.filterwarnings("ignore:Sinkhorn stopped")
+def test_small_epsilon_is_the_assignment():
+    n, epsilon = 40, 1e-3
+    cost = squared(points(n, 2), points(n, 2, seed=1))
+    plan = transport_plan(cost, *sinkhorn(cost, epsilon, tol=1e-7, max_iter=20000), epsilon)
+    best = cost.numpy()[linear_sum_assignment(cost.numpy())].mean()
+    found = (plan * cost).sum().item()
+    assert best - 1e-5 < found < best + epsilon * math.log(n)
+    assert abs(ot_cost(cost, epsilon).item() - best) < epsilon * math.log(n) + 1e-4
+
+
+def test_dual_brute_force():
+    cost, epsilon, a, b = points(4, 6).square(), 0.3, weights(4), weights(6, seed=1)
+    c, p, q = cost.numpy(), a.numpy(), b.numpy()
+
+    def negative_dual(z):
+        f, g = z[:4], z[4:]
+        plan = np.exp((f[:, None] + g - c) / epsilon) * p[:, None] * q
+        gradient = np.concatenate((plan.sum(1) - p, plan.sum(0) - q))
+        return -(p @ f + q @ g + epsilon * (1 - plan.sum())), gradient
+
+    best = minimize(negative_dual, np.zeros(10), jac=True, method="BFGS", options={"gtol": 1e-9})
+    assert abs(ot_cost(cost, epsilon, a, b).item() + best.fun) < 1e-8
+
+
+def test_value_and_plan_of_the_plain_loop():
+    x, y = points(20, 3), points(13, 3, seed=1)
+    a, b = weights(20), weights(13, seed=1)
+    plan, value, _ = plain_sinkhorn(squared(x, y), 0.1, a, b)
+    assert ot_cost(squared(x, y), 0.1, a, b).item() == pytest.approx(value, abs=1e-7)
+    ours = transport_plan(squared(x, y), *sinkhorn(squared(x, y), 0.1, a, b, tol=1e-10), 0.1, a, b)
+    assert np.abs(ours.numpy() - plan).sum() < 1e-7
+    xy, xx, yy = (plain_sinkhorn(squared(p, q), 0.1)[1] for p, q in ((x, y), (x, x), (y, y)))
+    assert sinkhorn_divergence(x, y, 0.1).item() == pytest.approx(xy - xx / 2 - yy / 2, abs=1e-6)
+    assert sinkhorn_divergence(x, y, 0.1, debias=False).item() == pytest.approx(xy, abs=1e-6)
+
+
+def test_batch_is_the_loop():
+    x, y = points(2, 3, 10, 4), points(2, 3, 8, 4, seed=1)
+    x[1] *= 5
+    divergence, cost = sinkhorn_divergence(x, y, 0.2), ot_cost(squared(x, y), 0.2)
+    for i in range(2):
+        for j in range(3):
+            assert torch.allclose(divergence[i, j], sinkhorn_divergence(x[i, j], y[i, j], 0.2), atol=1e-6)
+            assert torch.allclose(cost[i, j], ot_cost(squared(x[i, j], y[i, j]), 0.2), atol=1e-6)
+
+
+@pytest.mark.parametrize("debias", [True, False])
+def test_divergence_gradcheck(debias):
+    x, y = points(2, 6, 3).requires_grad_(), points(2, 5, 3, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, y: sinkhorn_divergence(x, y, 0.5, debias), (x, y),
+                                    atol=2e-5, rtol=1e-3)
+
+
+def test_cost_gradcheck():
+    cost, a, b = points(5, 7).square().requires_grad_(), weights(5), weights(7, seed=1)
+    assert torch.autograd.gradcheck(lambda c: ot_cost(c, 0.5, a, b), (cost,), atol=2e-5, rtol=1e-3)
+
+
+def test_gradient_of_the_unrolled_loop():
+    x, y = points(12, 3).requires_grad_(), points(9, 3, seed=1).requires_grad_()
+    naive = (unrolled_cost(squared(x, y), 0.3) - unrolled_cost(squared(x, x), 0.3) / 2
+             - unrolled_cost(squared(y, y), 0.3) / 2)
+    expected = torch.autograd.grad(naive, (x, y))
+    for ours, true in zip(torch.autograd.grad(sinkhorn_divergence(x, y, 0.3), (x, y)), expected, strict=True):
+        assert (ours - true).norm() < 1e-4 * true.norm()
+    cost = points(9, 9).square().requires_grad_()
+    true, = torch.autograd.grad(unrolled_cost(cost, 0.3), cost)
+    ours, = torch.autograd.grad(ot_cost(cost, 0.3), cost)
+    assert (ours - true).norm() < 1e-4 * true.norm()
+
+
+@pytest.mark.parametrize("kind", ["clustered", "collapsed", "low-rank"])
+@pytest.mark.parametrize("epsilon", [0.1, 0.01])
+def test_float32_gradient_on_similarity_rows(kind, epsilon):
+    x, y = sinkhorn_module._batch(kind, 64, k=20)
+    expected = torch.zeros(x.shape, dtype=torch.float64)
+    xd, yd = x.double(), y.double()
+    for other, sign in ((yd, 1), (xd, -1)):
+        plan, _, error = plain_sinkhorn(squared(xd, other), epsilon, sweeps=3000, tol=1e-8)
+        plan = torch.from_numpy(plan)
+        expected += sign * (plan.sum(1, keepdim=True) * xd - plan @ other)
+    x.requires_grad_()
+    sinkhorn_divergence(x, y, epsilon).backward()
+    assert (x.grad - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_symmetric_in_its_arguments():
+    x, y = points(11, 3), points(8, 3, seed=1)
+    assert torch.allclose(sinkhorn_divergence(x, y, 0.1), sinkhorn_divergence(y, x, 0.1), atol=1e-6)
+    assert torch.allclose(ot_cost(squared(x, y), 0.1), ot_cost(squared(y, x), 0.1), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_for_equal_clouds(dtype):
+    x = points(30, 5, dtype=dtype).requires_grad_()
+    value = sinkhorn_divergence(x, x.detach().flip(0), 0.1)
+    value.backward()
+    assert abs(value.item()) < 1e-5 and x.grad.abs().sum() < 1e-4
+    assert sinkhorn_divergence(x, x.detach(), 0.1, debias=False).item() > 0.1  # the entropic bias it removes
+
+
+def test_integer_weights_are_copies():
+    x, y, counts = points(5, 2), points(7, 2, seed=1), torch.tensor([1, 3, 2, 1, 5])
+    copies = x.repeat_interleave(counts, 0)
+    weighted = ot_cost(squared(x, y), 0.2, counts / counts.sum())
+    assert torch.allclose(weighted, ot_cost(squared(copies, y), 0.2), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("epsilon", [1e-2, 1.0])
+@pytest.mark.filterwarnings("ignore:Sinkhorn stopped")
+def test_zero_weights_drop_their_points(dtype, epsilon):
+    cost = squared(points(6, 2), points(5, 2, seed=1)).to(dtype).requires_grad_()
+    a = torch.tensor([0.25, 0, 0.25, 0.5, 0, 0], dtype=dtype)
+    b = torch.tensor([0, 0.5, 0.25, 0.25, 0], dtype=dtype)
+    value = ot_cost(cost, epsilon, a, b)
+    value.backward()
+    _, expected, _ = plain_sinkhorn(cost.detach()[a > 0][:, b > 0], epsilon, a[a > 0], b[b > 0])
+    assert value.item() == pytest.approx(expected, abs=1e-4)
+    assert cost.grad.isfinite().all() and (cost.grad[a == 0] == 0).all() and (cost.grad[:, b == 0] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:Sinkhorn stopped")
+def test_permutation_of_points():
+    x, y, order = points(9, 3), points(9, 3, seed=1), torch.tensor([3, 8, 0, 2, 7, 1, 6, 4, 5])
+    assert torch.allclose(sinkhorn_divergence(x[order], y, 0.1), sinkhorn_divergence(x, y, 0.1), atol=1e-7)
+    cost = squared(x, y)
+    plan = transport_plan(cost, *sinkhorn(cost, 0.1, tol=1e-9), 0.1)
+    permuted = transport_plan(cost[order], *sinkhorn(cost[order], 0.1, tol=1e-9), 0.1)
+    assert torch.allclose(permuted, plan[order], atol=1e-8)
+
+
+def test_translation_adds_half_its_squared_length():
+    x, y, shift = points(10, 4), points(12, 4, seed=1), torch.tensor([30.0, -40.0, 0, 0])
+    y = y - y.mean(0) + x.mean(0)
+    moved = sinkhorn_divergence(x.float(), (y + shift).float(), 0.1).item()
+    assert moved == pytest.approx(sinkhorn_divergence(x, y, 0.1).item() + 50**2 / 2, abs=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("ratio", [1e-3, 1e-2, 1.0, 10.0])
+@pytest.mark.parametrize("kind", ["random", "points", "far clusters"])
+def test_extreme_regimes(kind, ratio, scale, dtype):
+    clusters = torch.cat((points(9, 2), points(15, 2, seed=2) + 30))
+    cost = {"random": points(20, 24).abs(), "points": squared(points(24, 2), points(24, 2, seed=1)),
+            "far clusters": squared(clusters, clusters.flip(0) + points(24, 2, seed=3))}[kind]
+    cost = (cost / cost.max() * scale).to(dtype)
+    epsilon = ratio * scale
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        f, g = sinkhorn(cost, epsilon)
+    assert f.isfinite().all() and g.isfinite().all() and len(caught) <= 1
+    plan = transport_plan(cost, f, g, epsilon)
+    rows = (plan.sum(-1) - 1 / cost.shape[0]).abs().sum()
+    columns = (plan.sum(-2) - 1 / cost.shape[1]).abs().sum()
+    reached = 2 * max(1e-5, 4 * torch.finfo(dtype).eps / ratio)
+    assert caught or rows + columns < reached
+    reference, value, error = plain_sinkhorn(cost, epsilon, sweeps=3000, tol=1e-9)
+    assert rows + columns < max(reached, 3 * error)  # keeps up with three times the plain sweeps
+    ours = (plan * cost).sum().item() / scale
+    assert ours == pytest.approx((reference * cost.double().numpy()).sum() / scale, abs=max(2e-4, 2 * error))
+
+
+def test_identical_points_and_one_point():
+    same = torch.full((6, 3), 0.7)
+    assert sinkhorn_divergence(same, same, 1e-3).item() == 0
+    assert sinkhorn_divergence(same, same + 2, 1e-3).item() == pytest.approx(6.0)
+    x, y = torch.tensor([[1.0, 2.0]], requires_grad=True), torch.tensor([[4.0, -2.0]])
+    value = sinkhorn_divergence(x, y, 0.01)
+    value.backward()
+    assert value.item() == pytest.approx(12.5) and torch.allclose(x.grad, x.detach() - y)
+    assert ot_cost(torch.tensor([[7.0]]), 0.1).item() == pytest.approx(7.0)
+
+
+def test_warns_once_when_it_stops_early():
+    cost = squared(points(50, 2), points(50, 2, seed=1))
+    with pytest.warns(UserWarning, match="marginal error") as caught:
+        sinkhorn(cost, 1e-3, max_iter=1)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sinkhorn(cost, 1.0)
+
+
+def test_dtypes_and_autocast():
+    x, y = points(16, 4, dtype=torch.float32).requires_grad_(), points(16, 4, seed=1, dtype=torch.float32)
+    expected = sinkhorn_divergence(x, y, 0.1)
+    expected.backward()
+    plain, x.grad = x.grad, None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = sinkhorn_divergence(x, y, 0.1)
+        value.backward()
+        assert torch.equal(sinkhorn(squared(x, y), 0.1)[0], sinkhorn(squared(x, y).detach(), 0.1)[0])
+    assert value.dtype == torch.float32 and torch.equal(value, expected) and torch.equal(x.grad, plain)
+    half = x.detach().half().requires_grad_()
+    assert sinkhorn_divergence(half, y.half(), 0.1).dtype == torch.float32
+    sinkhorn_divergence(half, y.half(), 0.1).backward()
+    assert half.grad.dtype == torch.float16
+    assert sinkhorn(points(3, 3).bfloat16(), 1.0)[0].dtype == torch.float32
+    assert sinkhorn_divergence(x.double(), y, 0.1).dtype == torch.float64
+    assert not sinkhorn(squared(x, y), 0.1)[0].requires_grad
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: sinkhorn(torch.tensor([[0.0, math.nan]]), 1.0), "finite, got nan"),
+    (lambda: ot_cost(torch.tensor([[0.0, math.inf]]), 1.0), "finite, got inf"),
+    (lambda: sinkhorn(torch.zeros(3), 1.0), r"got \(3,\)"),
+    (lambda: sinkhorn(torch.zeros(0, 3), 1.0), r"got \(0, 3\)"),
+    (lambda: sinkhorn(torch.zeros(2, 2), 0), "epsilon must be positive and finite, got 0"),
+    (lambda: sinkhorn_divergence(torch.zeros(2, 2), torch.zeros(2, 2), -0.1), "got -0.1"),
+    (lambda: sinkhorn(torch.zeros(2, 3), 1.0, a=torch.ones(3) / 3), r"a must be .*got \(3,\)"),
+    (lambda: sinkhorn(torch.zeros(2, 3), 1.0, b=torch.tensor([1.5, -0.5, 0])),
+     "b must not be negative, got -0.5"),
+    (lambda: sinkhorn(torch.zeros(2, 3), 1.0, a=torch.tensor([0.5, math.nan])),
+     "a must not be negative, got nan"),
+    (lambda: ot_cost(torch.zeros(2, 3), 1.0, a=torch.ones(2)), "a must sum to 1, got a sum off by 1"),
+    (lambda: sinkhorn_divergence(torch.zeros(4, 2), torch.zeros(4, 3), 0.1), r"\(4, 2\), \(4, 3\)"),
+    (lambda: sinkhorn_divergence(torch.full((4, 2), math.nan), torch.zeros(4, 2), 0.1), "finite, got nan"),
+])
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------- pkdot
+
+def naive_ot(x, y, epsilon):
+    """Eq. 5 in float64: log-domain Sinkhorn to convergence, then the primal value."""
+    C = np.array([[((p - q) ** 2).sum() / 2 for q in y] for p in x])
+    f, n, m = np.zeros(len(x)), len(x), len(y)
+    before = np.inf
+    while np.abs(f - before).max() > 1e-9:
+        before = f
+        g = -epsilon * logsumexp((f[:, None] - C) / epsilon - np.log(n), axis=0)
+        f = -epsilon * logsumexp((g - C) / epsilon - np.log(m), axis=1)
+    pi = np.exp((f[:, None] + g - C) / epsilon) / (n * m)
+    return (pi * C).sum() + epsilon * (pi * np.log(pi * n * m)).sum()
+
+
+def naive_similarity(z):
+    return np.array([[p @ q / (math.sqrt(p @ p) * math.sqrt(q @ q)) for q in z] for p in z])
+
+
+def naive_pkdot(student, teacher, anchors, epsilon, debias):
+    """anchors(i, row i of the teacher's similarities) -> the row's anchors"""
+    S, T = naive_similarity(student.numpy()), naive_similarity(teacher.numpy())
+    index = [anchors(i, row) for i, row in enumerate(T)]
+    x, y = (np.array([[M[i, j] for j in chosen] for i, chosen in enumerate(index)]) for M in (S, T))
+    loss = naive_ot(x, y, epsilon)
+    return loss - (naive_ot(x, x, epsilon) + naive_ot(y, y, epsilon)) / 2 if debias else loss
+
+
+ANCHORS = {"dissimilar": lambda k: lambda i, row: sorted(range(len(row)), key=lambda j: row[j])[:k],
+           "similar": lambda k: lambda i, row: sorted(range(len(row)), key=lambda j: -row[j])[:k]}
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.5])
+@pytest.mark.parametrize("debias", [True, False])
+@pytest.mark.parametrize("anchors, k", [("dissimilar", 3), ("similar", 3), ("dissimilar", 7)])  # 7: k = b is legal
+def test_pkdot_loss_equals_a_naive_loop_with_the_teachers_anchors(anchors, k, debias, epsilon):
+    student, teacher = randn(7, 5), randn(7, 4, seed=1)  # widths may differ
+    loss = pkdot_loss(student, teacher, k, epsilon, debias, anchors)
+    expected = naive_pkdot(student, teacher, ANCHORS[anchors](k), epsilon, debias)
+    assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_random_anchors_are_one_of_all_possible_choices():
+    student, teacher = randn(3, 4), randn(3, 4, seed=1)
+    choices = itertools.product(range(3), repeat=3)  # an anchor for each row
+    possible = [naive_pkdot(student, teacher, lambda i, row, c=c: [c[i]], 0.5, False) for c in choices]
+    found = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        loss = pkdot_loss(student, teacher, 1, 0.5, False, anchors="random").item()
+        near = np.abs(np.array(possible) - loss)
+        assert near.min() < 1e-5
+        found.add(int(near.argmin()))
+    assert len(found) > 3
+
+
+@pytest.mark.parametrize("debias", [True, False])
+def test_pkdot_gradient_equals_finite_differences_of_the_naive_loss(debias):
+    student, teacher, step = randn(6, 4), randn(6, 4, seed=1), 1e-4 * randn(6, 4, seed=2)
+    z = student.clone().requires_grad_()
+    pkdot_loss(z, teacher, 3, 0.1, debias).backward()
+    up, down = (naive_pkdot(student + s, teacher, ANCHORS["dissimilar"](3), 0.1, debias) for s in (step, -step))
+    assert (z.grad * step).sum().item() == pytest.approx((up - down) / 2, rel=1e-3)
+
+
+def test_pkdot_loss_ignores_positive_scales_and_the_order_of_samples():
+    student, teacher, order = randn(8, 5), randn(8, 5, seed=1), randn(8).argsort()
+    loss = pkdot_loss(student, teacher, 4)
+    scale = randn(8, 1, seed=2).mul(3).exp()
+    torch.testing.assert_close(pkdot_loss(student * scale, 1e-4 * teacher, 4), loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(pkdot_loss(student[order], teacher[order], 4), loss, rtol=1e-4, atol=0)
+
+
+def test_pkdot_loss_and_gradient_vanish_when_student_equals_teacher():
+    z = randn(8, 5).requires_grad_()
+    pkdot_loss(z, z.detach(), 4).backward()
+    assert abs(pkdot_loss(z, z, 4).item()) < 1e-6 and z.grad.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("loss", [pkdot_loss, cosine_loss, mse_loss, kl_loss, rkd_loss])
+def test_no_gradient_reaches_the_teacher(loss):
+    student, teacher = randn(31, 4).requires_grad_(), randn(31, 4, seed=1).requires_grad_()
+    loss(student, teacher).backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("student, teacher, options, names", [
+    (randn(4, 2), randn(4, 2), dict(k=5), ("k=5", "b=4")), (randn(4, 2), randn(4, 2), dict(k=0), ("k=0",)),
+    (randn(4, 2), randn(5, 2), dict(k=2), ("(4, 2)", "(5, 2)")), (randn(4), randn(4), dict(k=2), ("(4,)",)),
+    (randn(4, 2), randn(4, 2), dict(k=2, anchors="far"), ("'far'", "dissimilar", "similar", "random")),
+    (randn(4, 2).index_fill(0, torch.tensor(1), math.nan), randn(4, 2), dict(k=2), ("NaN", "2 values of the student")),
+    (randn(4, 2), randn(4, 2).index_fill(1, torch.tensor(1), math.inf), dict(k=2), ("4 of the teacher",)),
+    (randn(4, 2), randn(4, 2), dict(k=2, epsilon=-0.5), ("-0.5",))])
+def test_pkdot_loss_names_what_it_refuses(student, teacher, options, names):
+    with pytest.raises(ValueError) as error:
+        pkdot_loss(student, teacher, **options)
+    assert all(name in str(error.value) for name in names)
+
+
+def test_zero_row_has_zero_similarities_and_finite_gradients():
+    z = randn(5, 3)
+    z[2] = 0
+    z.requires_grad_()
+    S = cosine_similarity_matrix(z)
+    rest = [0, 1, 3, 4]
+    expected = np.zeros((5, 5))
+    expected[np.ix_(rest, rest)] = naive_similarity(z.detach()[rest].numpy())
+    np.testing.assert_allclose(S.detach(), expected, atol=1e-12)
+    pkdot_loss(z, randn(5, 3, seed=1), 3).backward()
+    assert torch.isfinite(z.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pkdot_loss_is_float32_under_autocast(dtype):
+    student, teacher = randn(9, 6).to(dtype), randn(9, 6, seed=1).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = pkdot_loss(student, teacher, 4)
+    expected = naive_pkdot(student.double(), teacher.double(), ANCHORS["dissimilar"](4), 0.1, True)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_ccc_is_eq_7():
+    x, y = randn(50), 0.6 * randn(50) + 0.3 * randn(50, seed=1) + 0.2
+    p, q = x.numpy(), y.numpy()
+    rho, (s, t) = np.corrcoef(p, q)[0, 1], (p.std(), q.std())  # population deviations
+    expected = 2 * rho * s * t / (s**2 + t**2 + (p.mean() - q.mean()) ** 2)
+    assert ccc(x, y).item() == pytest.approx(expected, rel=1e-12)
+    assert ccc(x, x).item() == pytest.approx(1) and ccc(x, -x + 2 * x.mean()).item() == pytest.approx(-1)
+    both = task_loss(torch.stack([x, y], 1)[None], torch.stack([y, y], 1)[None]).item()
+    assert both == pytest.approx(1 - (expected + 1) / 2, rel=1e-6)  # the mean of valence's and arousal's
+
+
+@pytest.mark.parametrize("a, b", [(0.0, 0.0), (0.5, 0.25), (0.1, "varying"), (0.1, 0.1)])
+def test_ccc_of_a_constant_is_zero_with_finite_gradient(a, b):
+    x = torch.full((7,), a, requires_grad=True)
+    value = ccc(x, randn(7).float() if b == "varying" else torch.full((7,), b))
+    value.backward()
+    assert abs(value.item()) < 1e-6 and torch.isfinite(x.grad).all()
+
+
+def test_ccc_refuses_series_of_different_lengths():
+    for x, y in ((randn(3), randn(4)), (randn(0), randn(0))):
+        with pytest.raises(ValueError, match=rf"\({len(x)},\) and \({len(y)},\)"):
+            ccc(x, y)
+
+
+def test_task_loss_is_blind_to_clips_without_label():
+    label, output = randn(3, 4, 2).tanh().float(), randn(3, 4, 2, seed=1).float()
+    label[0, 1], label[2, 3, 0] = -5, -5  # -5 in either place
+    keep = torch.ones(3, 4, dtype=torch.bool)
+    keep[0, 1] = keep[2, 3] = False
+    changed = output.where(keep[..., None], 77.0).requires_grad_()
+    loss = task_loss(changed, label)
+    loss.backward()
+    p, q = output[keep].double().numpy(), label[keep].double().numpy()
+    cov = [2 * np.mean((a - a.mean()) * (b - b.mean())) / (a.var() + b.var() + (a.mean() - b.mean()) ** 2)
+           for a, b in zip(p.T, q.T, strict=True)]
+    assert loss.item() == pytest.approx(1 - np.mean(cov), rel=1e-5)
+    assert (changed.grad[~keep] == 0).all() and (changed.grad[keep] != 0).all()
+
+
+def test_task_loss_of_classes_is_eq_8():
+    output, label = randn(6, 5), torch.tensor([0, 4, 2, 2, 1, 3])
+    expected = -np.mean([np.log(softmax(o)[c]) for o, c in zip(output.numpy(), label, strict=True)])
+    assert task_loss(output, label).item() == pytest.approx(expected)
+
+
+def test_kl_cosine_and_mse_equal_their_closed_forms():
+    s, t = randn(6, 5), randn(6, 5, seed=1)
+    kl = 0
+    for p, q in zip(softmax(t.numpy() / 4, axis=1), softmax(s.numpy() / 4, axis=1), strict=True):
+        kl += 16 / 6 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert kl_loss(s, t).item() == pytest.approx(kl)
+    cos = [a @ b / math.sqrt((a @ a) * (b @ b)) for a, b in zip(s.numpy(), t.numpy(), strict=True)]
+    assert cosine_loss(s, t).item() == pytest.approx(1 - np.mean(cos))
+    assert mse_loss(s, t).item() == pytest.approx(np.mean((s.numpy() - t.numpy()) ** 2))
+
+
+def test_rkd_equals_triple_loops():
+    def relations(z):
+        n = range(len(z))
+        d = np.array([[math.dist(z[i], z[j]) for j in n] for i in n])
+        angle = np.zeros((len(z),) * 3)
+        for i, j, k in itertools.product(n, n, n):
+            if i != j and k != j:
+                angle[i, j, k] = (z[i] - z[j]) @ (z[k] - z[j]) / (d[i, j] * d[k, j])
+        return d / d[d > 0].mean(), angle
+
+    def huber(a, b):
+        e = np.abs(a - b)
+        return np.where(e < 1, e**2 / 2, e - 0.5).mean()
+
+    s, t = 3 * randn(5, 4), randn(5, 6, seed=1)
+    (d_s, a_s), (d_t, a_t) = relations(s.numpy()), relations(t.numpy())
+    assert rkd_loss(s, t).item() == pytest.approx(25 * huber(d_s, d_t) + 50 * huber(a_s, a_t))
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+HEADS = {"concat": lambda per_clip, L: models.ConcatFusion(3, per_clip),
+         "jca": lambda per_clip, L: models.JointCrossAttention(3, L, per_clip),
+         "mmt": lambda per_clip, L: models.MultimodalTransformer(3, per_clip)}
+
+
+def lively(module):
+    """Weights at which a random network's outputs differ between inputs, as a trained one's do."""
+    torch.manual_seed(0)
+    for weight in module.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.kaiming_normal_(weight)
+    return module.eval()
+
+
+def assert_samples_are_independent(forward, *inputs):
+    """Sample 1 alone gives what it gives between others; what others hold does not matter; order only permutes."""
+    with torch.no_grad():
+        together, alone = forward(*inputs), forward(*(x[1:2] for x in inputs))
+        others = [torch.cat([x[2:] // 3, x[1:2], x[:1] // 2]) for x in inputs]
+        for a, b, c in zip(together, alone, forward(*others), strict=True):
+            torch.testing.assert_close(a[1:2], b, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(a[1], c[1], rtol=1e-4, atol=1e-4)
+            assert (a[0] - a[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("length, per_clip", [(1, False), (4, False), (4, True)])
+@pytest.mark.parametrize("kind", HEADS)
+def test_no_head_looks_at_other_samples_and_every_head_uses_both_modalities(kind, length, per_clip):
+    torch.manual_seed(0)
+    head = HEADS[kind](per_clip, length).eval()
+    v, p = (randn(3, length, 512, seed=s, dtype=torch.float32).requires_grad_() for s in (0, 1))
+    assert_samples_are_independent(head, v, p)
+    output, z = head(v, p)
+    assert output.shape == ((3, length, 3) if per_clip else (3, 3)) and z.shape[0] == 3 and z.ndim == 2
+    for part in (output, z):
+        grads = torch.autograd.grad(part[0].square().sum(), (v, p), retain_graph=True)
+        assert all((g[0].abs().sum(-1) > 0).all() and (g[1:] == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("make, shape", [
+    (models.R3D18, (3, 2, 3, 8, 32, 32)), (models.I3D, (3, 2, 3, 8, 32, 32)),
+    (models.SpectrogramResNet18, (3, 2, 1, 67, 40)), (lambda: models.FeatureMLP(6), (3, 2, 6))])
+def test_no_backbone_looks_at_other_clips(make, shape):
+    backbone = lively(make())
+    x = torch.randint(0, 256, shape, dtype=torch.uint8) if shape[2] == 3 else torch.randn(shape)
+    assert_samples_are_independent(lambda x: (backbone(x),), x)
+    with torch.no_grad():
+        whole, clips = backbone(x), backbone(x.flatten(0, 1)[:, None])
+        assert whole.shape == (3, 2, 512)
+        torch.testing.assert_close(whole.flatten(0, 1), clips[:, 0], rtol=1e-4, atol=1e-4)
+        if x.dtype == torch.uint8:
+            torch.testing.assert_close(whole, backbone(x.float() / 255), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make, mean, std", [
+    (models.R3D18, (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)),  # Kinetics, as torchvision states them
+    (models.I3D, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])  # to [-1, 1]
+def test_video_is_standardised_by_channel(make, mean, std):
+    backbone, video = make(), torch.randint(0, 256, (2, 2, 3, 4, 5, 5), dtype=torch.uint8)
+    backbone.features = lambda clips: clips
+    for c in range(3):
+        expected = (video[:, :, c].numpy() / 255 - mean[c]) / std[c]
+        np.testing.assert_allclose(backbone(video)[:, :, c], expected, atol=1e-5)
+
+
+def test_a_constant_feature_is_only_centred():
+    backbone = models.FeatureMLP(2)
+    backbone.standardise(torch.tensor([1.0, 7.0]), torch.tensor([2.0, 0.0]))
+    backbone.features = torch.nn.Identity()
+    assert backbone(torch.tensor([[[5.0, 7.0]]])).tolist() == [[[2.0, 0.0]]]
+
+
+@pytest.mark.parametrize("visual, fusion", [("r3d18", "mmt"), ("i3d", "jca")])
+def test_student_needs_video_alone_and_no_other_sample(visual, fusion):
+    student = lively(models.student(dict(dataset="biovid_b", visual_backbone=visual, fusion=fusion, outputs=2, length=1,
+                                         task="classification")))
+    video = torch.randint(0, 256, (3, 1, 3, 8, 32, 32), dtype=torch.uint8)
+    assert_samples_are_independent(student, video)
+    with torch.no_grad():
+        features = student.backbone(video)
+        for a, b in zip(student(video), student.head(features, student.tnet(features)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_jca_equals_its_equations_sample_by_sample():
+    torch.manual_seed(0)
+    head = models.JointCrossAttention(2, 3).double().eval()
+    v, p = randn(2, 3, 512), randn(2, 3, 512, seed=1)
+    output, z = head(v, p)
+    w = {name: value.detach().numpy() for name, value in head.named_parameters()}
+    assert w["Wa"].shape == (32, 3) and w["W_ca"].shape == (32, 1024) and w["W_ha"].shape == (3, 32)
+    for b in range(2):
+        X = {"a": p[b].numpy(), "v": v[b].numpy()}
+        J = np.concatenate([X["a"], X["v"]], 1)  # (L, d)
+        att = {}
+        for m in "av":
+            C = np.tanh(X[m].T @ w[f"W_j{m}"] @ J / math.sqrt(1024))
+            H = np.maximum(w[f"W{m}"] @ X[m] + w[f"W_c{m}"] @ C.T, 0)
+            att[m] = w[f"W_h{m}"] @ H + X[m]
+        x = np.concatenate([att["v"], att["a"]], 1)
+        hidden = x @ w["regressor.0.weight"].T + w["regressor.0.bias"]
+        expected = hidden @ w["regressor.2.weight"].T + w["regressor.2.bias"]
+        np.testing.assert_allclose(output[b].detach(), expected, atol=1e-10)
+        np.testing.assert_allclose(z[b].detach(), x.mean(0), atol=1e-10)
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_mmt_attention_is_a_value_path_exactly_when_there_is_one_clip(length):
+    torch.manual_seed(0)
+    head, seen = models.MultimodalTransformer(2).eval(), []
+    head.attend_v.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    v = randn(2, length, 512, dtype=torch.float32)
+    with torch.no_grad():
+        for seed in (1, 2):
+            head(v, randn(2, length, 512, seed=seed, dtype=torch.float32))
+        value = head.encode_v(v) @ head.attend_v.in_proj_weight[1024:].T + head.attend_v.in_proj_bias[1024:]
+        value = head.attend_v.out_proj(value)
+    assert torch.allclose(seen[0], seen[1], atol=1e-6) == torch.allclose(seen[0], value, atol=1e-5) == (length == 1)
+
+
+def public_i3d():
+    """A state dict with the names and shapes of the public Inception-I3D checkpoint, values random."""
+    mixed = {"3b": (192, 64, 96, 128, 16, 32, 32), "3c": (256, 128, 128, 192, 32, 96, 64),
+             "4b": (480, 192, 96, 208, 16, 48, 64), "4c": (512, 160, 112, 224, 24, 64, 64),
+             "4d": (512, 128, 128, 256, 24, 64, 64), "4e": (512, 112, 144, 288, 32, 64, 64),
+             "4f": (528, 256, 160, 320, 32, 128, 128), "5b": (832, 256, 160, 320, 32, 128, 128),
+             "5c": (832, 384, 192, 384, 48, 128, 128)}
+    units = [("Conv3d_1a_7x7", 3, 64, 7), ("Conv3d_2b_1x1", 64, 64, 1), ("Conv3d_2c_3x3", 64, 192, 3)]
+    for name, (i, b0, b1a, b1b, b2a, b2b, b3b) in mixed.items():
+        units += [(f"Mixed_{name}.{unit}", *shape) for unit, *shape in (
+            ("b0", i, b0, 1), ("b1a", i, b1a, 1), ("b1b", b1a, b1b, 3), ("b2a", i, b2a, 1), ("b2b", b2a, b2b, 3),
+            ("b3b", i, b3b, 1))]
+    state = {"logits.conv3d.weight": torch.zeros(400, 1024, 1, 1, 1), "logits.conv3d.bias": torch.zeros(400)}
+    for name, i, o, k in units:
+        state[f"{name}.conv3d.weight"] = torch.randn(o, i, k, k, k) / math.sqrt(i * k**3)
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{name}.bn.{part}"] = torch.rand(o) + 0.5
+        state[f"{name}.bn.num_batches_tracked"] = torch.tensor(7)
+    return state
+
+
+def test_i3d_has_the_public_parameters_and_loads_the_public_file():
+    torch.manual_seed(0)
+    i3d, state = models.I3D().eval(), public_i3d()
+    assert sum(p.numel() for name, p in i3d.named_parameters() if "projection" not in name) == 12_287_264
+    left_out, missing = models.load_weights(i3d, state)
+    assert left_out == ["logits.conv3d.bias", "logits.conv3d.weight"]
+    assert missing == ["projection.bias", "projection.weight"]
+    own = i3d.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in state.items() if not key.startswith("logits"))
+    for bad in ({}, {"fc.weight": torch.zeros(2)}, {"projection.weight": torch.zeros(3, 3)}):
+        with pytest.raises(ValueError, match="I3D"):
+            models.load_weights(i3d, bad)
+
+
+@pytest.mark.parametrize("size", [(8, 32, 32), (8, 33, 47), (1, 48, 32)])
+def test_i3d_takes_any_size_from_32(size):
+    with torch.no_grad():
+        assert torch.isfinite(models.I3D().eval()(torch.rand(1, 1, 3, *size))).all()
+
+
+@pytest.mark.parametrize("kernel, stride", [(7, 2), (3, 1), (3, 2), (2, 2), (1, 2)])
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 112])
+def test_pad_same_is_tensorflows_definition(size, kernel, stride):
+    total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+    padded = models.pad_same(torch.ones(1, 1, size, 1, 1), (kernel, 1, 1), (stride, 1, 1)).flatten()
+    assert padded.tolist() == [0] * (total // 2) + [1] * size + [0] * (total - total // 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ BioVid
+
+NAME, HEADER = "071309_w_21-BL1-081", "time\tgsr\tecg\temg_trapezius\t emg_corrugator \temg_zygomaticus"
+
+
+def jpg(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_jpeg(torch.full((3, 16, 16), value % 256, dtype=torch.uint8), quality=95).numpy().tobytes())
+
+
+def grays(clip):
+    """The gray value of each frame of (3, F, H, W); the trees below paint frame i in gray i."""
+    assert clip.dtype == torch.uint8 and clip.shape[0] == 3 and clip.shape[2] == clip.shape[3]
+    return clip.float().mean((0, 2, 3)).round().int().tolist()
+
+
+def bio_csv(path, rows=2816, first=0, header=HEADER):
+    """gsr counts the rows, emg_corrugator counts them down"""
+    n = np.arange(first, rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = np.column_stack([n / 512 * 1e6, n, 0 * n, 0 * n, -n, 0 * n])
+    np.savetxt(path, table, delimiter="\t", fmt="%d", header=header, comments="")
+
+
+def biovid(root, names=(NAME,), frames=range(1, 139), signals="biosignals_filtered", **csv):
+    for name in names:
+        for i in frames:
+            jpg(root / "faces" / name[:11] / name / f"img_{i:05d}.jpg", i)
+        if signals:
+            bio_csv(root / signals / name[:11] / f"{name}_bio.csv", **csv)
+    return root
+
+
+@pytest.mark.parametrize("dataset, sign", [("biovid_a", 1), ("biovid_b", -1)])
+@pytest.mark.parametrize("layout", [
+    dict(), dict(rows=2817), dict(first=100), dict(signals="biosignals_raw"), dict(header=HEADER.replace(" ", "")),
+    dict(signals="biosignals_filtered/biosignals_filtered")])
+def test_biosignal_window_is_cut_by_time_in_every_layout(tmp_path, dataset, sign, layout):
+    source = data.open_dataset(dataset, biovid(tmp_path, **layout))
+    values = data.read_biosignal(source.samples[0][1], source.column, 2.0, 5.0)
+    np.testing.assert_array_equal(values, sign * np.arange(1024, 2560))  # 2.0 s to 5.0 s at 512 Hz
+    spectrogram = source.privileged(0)
+    assert spectrogram.shape == (1, 67, 127) and spectrogram.dtype == torch.float32
+
+
+def test_clips_of_a_biovid_sample_share_its_span_and_label(tmp_path):
+    source = data.open_dataset("biovid_a", biovid(tmp_path), length=4)
+    assert [data.clip_span(i, 4) for i in range(4)] == [(2, 2.75), (2.75, 3.5), (3.5, 4.25), (4.25, 5)]
+    pieces = [data.read_biosignal(source.samples[0][1], "gsr", *data.clip_span(i, 4)) for i in range(4)]
+    np.testing.assert_array_equal(np.concatenate(pieces), np.arange(1024, 2560))
+    shown = [grays(source.visual(row)) for row in range(4)]
+    for i, frames in enumerate(shown):
+        assert all(2 + 0.75 * i <= (f - 1) / 25 < 2.75 + 0.75 * i for f in frames) and len(frames) == 10
+    assert data.windows(source.video, 4)[0].tolist() == [[0, 1, 2, 3]] and source.label.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("present", [range(1, 139), [*range(1, 60), *range(90, 139)], [30, 80, 130], range(51, 61)])
+def test_ten_equally_spaced_of_the_frames_present_from_2_to_5_s(tmp_path, present):
+    source = data.open_dataset("biovid_b", biovid(tmp_path, frames=present), privileged=False, image_size=16)
+    within = [i for i in present if 2 <= (i - 1) / 25 < 5]
+    expected = [within[round(j * (len(within) - 1) / 9)] for j in range(10)]
+    shown = grays(source.visual(0))
+    assert np.abs(np.subtract(shown, expected)).max() <= 1 and shown[0] == within[0] and shown[-1] == within[-1]
+
+
+def test_pain_spectrogram_equals_naive_fourier_sums():
+    values = 5 + randn(1536).numpy()  # an offset must survive: no detrending
+    ramp = np.array([(1 + math.cos(math.pi * (2 * i / (0.25 * 16) - 1))) / 2 for i in range(2)])
+    window = np.concatenate([ramp, np.ones(13), ramp[1:]])  # Tukey 0.25, periodic
+    shown = data.pain_spectrogram(values)[0].numpy()
+    for column in (0, 50, 126):
+        piece = values[12 * column:12 * column + 16] * window
+        for row in (0, 1, 33, 66):
+            power = abs(sum(x * np.exp(-2j * np.pi * row * n / 132) for n, x in enumerate(piece))) ** 2
+            power *= (1 if row in (0, 66) else 2) / (512 * (window**2).sum())
+            assert shown[row, column] == pytest.approx(math.log(power + 1e-10), abs=1e-4)
+
+
+@pytest.mark.parametrize("hertz", [64, 128, 200])
+def test_pure_tone_lights_its_bin(hertz):
+    shown = data.pain_spectrogram(np.sin(2 * np.pi * hertz * np.arange(1536) / 512))
+    assert abs(shown[0].mean(1).argmax().item() - hertz / 512 * 132) <= 1
+
+
+@pytest.mark.parametrize("classes, expected", [(2, {"BL1": 0, "PA4": 1}),
+                                               (5, {"BL1": 0, "PA1": 1, "PA2": 2, "PA3": 3, "PA4": 4})])
+def test_biovid_labels_come_from_the_names(tmp_path, classes, expected):
+    names = [f"071309_w_21-{level}-{n:03d}" for n, level in enumerate(("PA4", "PA3", "PA2", "PA1", "BL1"))]
+    source = data.open_dataset("biovid_b", biovid(tmp_path, names, [60]), classes)
+    assert {n.split("-")[1]: y for n, y in zip(source.name, source.label.tolist(), strict=True)} == expected
+    assert set(source.group) == {"071309_w_21"} and source.outputs == classes
+
+
+def test_the_visual_path_never_needs_a_signal(tmp_path):
+    source = data.open_dataset("biovid_b", biovid(tmp_path, signals=None), privileged=False)
+    assert source.visual(0).shape == (3, 10, 112, 112)
+    with pytest.raises(UserError, match="biosignals_filtered"):
+        data.open_dataset("biovid_b", tmp_path)
+
+
+def folds_of(group, split=None):
+    source = SimpleNamespace(group=np.array(group), split=split, path="x")
+    return [data.parts(source, fold) for fold in range(1, 6)]
+
+
+@pytest.mark.parametrize("subjects", [5, 19, 87])
+def test_folds_never_divide_a_subject_and_test_each_sample_once(subjects):
+    group = np.random.default_rng(1).permutation(np.repeat([f"s{i}" for i in range(subjects)], 3))
+    folds = folds_of(group)
+    for part in folds:
+        assert all(len(set(part[group == g])) == 1 for g in group)
+        count = {name: len(set(group[part == name])) for name in ("train", "val", "test")}
+        assert subjects // 5 <= count["test"] <= -(-subjects // 5)
+        assert count["val"] == -(-(subjects - count["test"]) // 8) and count["train"] > 0
+    assert (sum((part == "test").astype(int) for part in folds) == 1).all()
+
+
+def test_a_split_of_the_data_set_is_kept_and_too_few_subjects_are_an_error():
+    split = np.array(["train", "test", "train"] * 8)
+    group = [f"v{i // 2}{s}" for i, s in enumerate(split)]
+    for part in folds_of(group, split):
+        assert ((part == "test") == (split == "test")).all()
+        assert not set(np.array(group)[part == "val"]) & set(np.array(group)[part == "train"]) and (part == "val").any()
+    with pytest.raises(UserError, match="found 4"):
+        folds_of(["a", "b", "c", "d"])
+
+
+BIO = f"biosignals_filtered/{NAME[:11]}/{NAME}_bio.csv"
+FACES = f"faces/{NAME[:11]}/{NAME}"
+BIO_FAULTS = {  # what to do to a good tree, and the path that the message must begin with
+    "no root": (lambda root: shutil.rmtree(root), "faces"),
+    "no csv": (lambda root: (root / BIO).unlink(), BIO),
+    "no column": (lambda root: bio_csv(root / BIO, header="time\tgsr\tecg\tx\ty\tz"), BIO),
+    "text": (lambda root: (root / BIO).write_text(HEADER + "\nsome\ttext\t\t\t\t\n"), BIO),
+    "binary": (lambda root: (root / BIO).write_bytes(bytes(range(256))), BIO),
+    "short": (lambda root: bio_csv(root / BIO, rows=2000), BIO),
+    "header only": (lambda root: (root / BIO).write_text(HEADER + "\n"), BIO),
+    "bad image": (lambda root: (root / FACES / "img_00051.jpg").write_text("no jpg"), f"{FACES}/img_00051.jpg"),
+    "no image": (lambda root: [p.unlink() for p in (root / FACES).iterdir()], FACES),
+    "odd name": (lambda root: (root / FACES).rename(root / f"faces/{NAME[:11]}/clip7"), f"faces/{NAME[:11]}/clip7")}
+
+
+def only_line(error, path):
+    """A UserError is one line that names the path first."""
+    assert "\n" not in str(error.value) and str(error.value).split(": ")[0].endswith(str(path)), str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:loadtxt")
+@pytest.mark.parametrize("fault", BIO_FAULTS)
+def test_each_biovid_fault_is_one_line_naming_the_path(tmp_path, fault):
+    biovid(tmp_path, frames=[51, 80])
+    spoil, path = BIO_FAULTS[fault]
+    spoil(tmp_path)
+    with pytest.raises(UserError) as error:
+        source = data.open_dataset("biovid_b", tmp_path)
+        source.visual(0), source.privileged(0)
+    only_line(error, path)
+
+
+def run_check(dataset, root, monkeypatch, capsys):
+    """Exit code and lines of python data.py --check."""
+    monkeypatch.setattr(sys, "argv", ["data.py", "--check", dataset, "--root", str(root)])
+    try:
+        code = data.main() or 0
+    except SystemExit as end:
+        code = end.code
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_check_lists_every_biovid_fault_and_exits_with_2(tmp_path):
+    names = [f"071309_w_21-{level}-{n:03d}" for n, level in enumerate(("BL1", "PA1", "PA2", "PA3", "PA4", "BL1"))]
+    biovid(tmp_path, names, [51, 80, 125])
+    faces, bio = tmp_path / "faces" / NAME[:11], tmp_path / "biosignals_filtered" / NAME[:11]
+    (bio / f"{names[0]}_bio.csv").unlink()
+    (bio / f"{names[1]}_bio.csv").write_text("time\tecg\n")
+    (bio / f"{names[2]}_bio.csv").write_text(HEADER + "\na\tb\tc\td\te\tf\n")
+    (faces / names[3] / "img_00080.jpg").write_text("no jpg")
+    [p.unlink() for p in (faces / names[4]).iterdir()]
+    (faces / "clip7").mkdir()
+    done = subprocess.run([sys.executable, data.__file__, "--check", "biovid_b", "--root", tmp_path],
+                          capture_output=True, text=True)
+    _, *faults, last = done.stdout.splitlines()
+    wrong = [bio / f"{names[0]}_bio.csv", bio / f"{names[1]}_bio.csv", bio / f"{names[2]}_bio.csv",
+             faces / names[3] / "img_00080.jpg", faces / names[4], faces / "clip7"]
+    assert done.returncode == 2 and {line.split(": ")[0] for line in faults} == set(map(str, wrong))
+    assert "Traceback" not in done.stderr and last == f"{len(faults)} faults"
+
+
+def test_check_lists_an_unreadable_frame_once(tmp_path, monkeypatch, capsys):
+    biovid(tmp_path, frames=[51, 80])
+    (tmp_path / FACES / "img_00080.jpg").write_text("no jpg")
+    assert run_check("biovid_b", tmp_path, monkeypatch, capsys)[1][-1] == "1 faults"
+
+
+def test_check_of_a_sound_root_counts_it_and_exits_with_0(tmp_path, monkeypatch, capsys):
+    biovid(tmp_path, [NAME, "082109_m_53-PA4-001"], [51, 80])
+    assert run_check("biovid_b", tmp_path, monkeypatch, capsys) == (
+        0, ["2 subjects, 2 samples, 4 frames, classes BL1 1, PA1 0, PA2 0, PA3 0, PA4 1", "0 faults"])
+
+
+# ---------------------------------------------------------------------------------------------------------- Affwild2
+
+def affwild2(root, video="one", frames=100, part="Train_Set", layout="annotations/VA_Estimation_Challenge",
+             present=None, label=None, rate=4410, sound=None):
+    label = np.random.default_rng(frames).uniform(-1, 1, (frames, 2)) if label is None else np.asarray(label)
+    for name in ("Train_Set", "Validation_Set"):
+        (root / layout / name).mkdir(parents=True, exist_ok=True)
+    (root / "audio").mkdir(exist_ok=True)
+    np.savetxt(root / layout / part / f"{video}.txt", label, "%.3f", ",", header="valence,arousal", comments="")
+    for i in range(1, frames + 1) if present is None else present:
+        jpg(root / "cropped_aligned" / video / f"{i:05d}.jpg", i)
+    sound = np.zeros(int(frames / 25 * rate), np.int16) if sound is None else sound
+    wavfile.write(root / "audio" / f"{video.removesuffix('_left').removesuffix('_right')}.wav", rate, sound)
+    return root
+
+
+@pytest.mark.parametrize("layout", [
+    "annotations/VA_Estimation_Challenge", "annotations/VA_Set", "6th ABAW Annotations/VA_Set",
+    "annotations/5th ABAW Annotations/VA_Estimation_Challenge", "VA_Estimation_Challenge"])
+def test_affwild2_is_found_in_every_layout_and_split_by_folder(tmp_path, layout):
+    affwild2(tmp_path, "a", 40, layout=layout)
+    affwild2(tmp_path, "b", 32, "Validation_Set", layout=layout)
+    source = data.open_dataset("affwild2", tmp_path)
+    assert list(zip(source.name, source.split, strict=True)) == [
+        ("a/00032", "train"), ("a/00040", "train"), ("b/00032", "test")]
+
+
+@pytest.mark.parametrize("frames, present", [
+    (100, range(1, 101)), (64, range(1, 65)), (32, [7]), (150, [*range(1, 20), *range(110, 140)]),
+    (130, [*range(1, 33), 129]), (200, [100, 101])])
+def test_each_valid_frame_is_predicted_once_by_the_nearest_clip(tmp_path, frames, present):
+    label = np.random.default_rng(0).uniform(-1, 1, (frames, 2)).round(3)
+    label[3:9, 0], label[5:12, 1], label[-1] = -5, -5, -5
+    affwild2(tmp_path, "before", 40)
+    affwild2(tmp_path, frames=frames, present=present, label=label)
+    source = data.open_dataset("affwild2", tmp_path, image_size=16)
+    begins = [b for b in dict.fromkeys([*range(0, frames - 31, 32), frames - 32])  # clips tile, the last aligned
+              if any(b < i <= b + 32 for i in present)]  # without any image: dropped
+    own = source.video == "one"
+    assert source.begin[own].tolist() == begins
+    np.testing.assert_array_equal(source.label[own], label[np.add(begins, 31)].astype("f4"))  # its last frame's
+    frame_row = [r for r in source.frame_row.tolist() if own[r]]
+    valid = [t for t in range(frames) if -5 not in label[t]]
+    assert source.frame_label[own[source.frame_row]].tolist() == label[valid].astype("f4").tolist()
+    for t, row in zip(valid, frame_row, strict=True):
+        gap = [max(b - t, t - b - 31, 0) for b in begins]
+        chosen = begins.index(source.begin[row])
+        assert gap[chosen] == min(gap) and (gap[chosen] > 0 or chosen == gap.index(0))
+    for row in np.flatnonzero(own):  # 8 images, every 4th up to the labelled one; a missing one repeats the nearest
+        begin, shown = source.begin[row], grays(source.visual(row))
+        inside = [i for i in present if begin < i <= begin + 32]
+        for wanted, i in zip(range(begin + 4, begin + 33, 4), shown, strict=True):
+            assert i in inside and abs(i - wanted) == min(abs(j - wanted) for j in inside)
+
+
+def test_left_and_right_share_sound_and_group_and_row_counts_may_be_off_by_two(tmp_path):
+    affwild2(tmp_path, "duo_left", 70, present=range(1, 73))  # two images more than rows
+    affwild2(tmp_path, "duo_right", 70, present=range(1, 69))  # two rows more than images
+    source = data.open_dataset("affwild2", tmp_path)
+    assert set(source.group) == {"duo"} and set(source.video) == {"duo_left", "duo_right"} and len(source.label) == 6
+    assert set(source.wavs.values()) == {tmp_path / "audio" / "duo.wav"} and source.images.max() <= 70
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("length", [1, 3, 8])
+def test_windows_tile_or_start_everywhere(length, dense):
+    sizes = [1, 3, 7, 8, 16, 2]
+    video = np.repeat(list("abcdea"), sizes)
+    index, keep = data.windows(video, length, dense)
+    expected, row = [], 0
+    for size in sizes:
+        last = max(size - length, 0)
+        begins = range(last + 1) if dense else sorted({*range(0, last, length), last})
+        expected += [[row + min(b + i, size - 1) for i in range(length)] for b in begins]
+        row += size
+    assert index.tolist() == expected
+    assert dense or sorted(index[keep].tolist()) == list(range(len(video)))  # each row counts once
+    repeats = torch.cat([torch.zeros(len(index), 1), (index[:, 1:] == index[:, :-1])], 1).bool()
+    assert not keep[repeats].any() and (not dense or keep[~repeats].all())
+
+
+def test_labels_outside_a_window_count_as_invalid():
+    label = randn(5, 2).float()
+    index, keep = data.windows(np.zeros(5), 3)
+    shown = data.sample_labels(label, index, keep)
+    assert index.tolist() == [[0, 1, 2], [2, 3, 4]]
+    assert torch.equal(shown[0], label[:3]) and (shown[1, 0] == -5).all() and torch.equal(shown[1, 1:], label[3:])
+    assert data.sample_labels(torch.tensor([3, 3, 1, 1]), torch.tensor([[0, 1], [2, 3]]), None).tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("rate", [44100, 48000])
+@pytest.mark.parametrize("fps", [30, 25])
+def test_a_click_at_a_frame_lights_its_column_of_its_clip(tmp_path, fps, rate):
+    frame, frames = 75, 100
+    sound = np.zeros(frames * rate // fps, np.int16)
+    at = (frame - 0.5) / fps  # in the middle of what image 75 shows
+    sound[round(at * rate):round(at * rate) + 4] = 30000
+    affwild2(tmp_path, frames=frames, sound=sound, rate=rate)
+    (tmp_path / "fps.txt").write_text(f"one {fps}\n\nother 12.5\n")
+    source = data.open_dataset("affwild2", tmp_path)
+    loud = [source.privileged(row)[0].max(0).values for row in range(4)]
+    assert [(x.max() > -20).item() for x in loud] == [b < frame <= b + 32 for b in source.begin]
+    begin = source.begin[2]
+    assert begin == 64 and abs(loud[2].argmax().item() - 100 * (at - ((begin + 32) / fps - 47040 / 44100))) <= 1
+
+
+def test_sound_ends_with_the_clip_and_is_zero_outside_the_file(tmp_path):
+    x = np.random.default_rng(0).uniform(-0.9, 0.9, 60000).astype(np.float32)
+    wavfile.write(tmp_path / "a.wav", 44100, x)
+    padded = np.concatenate([np.zeros(47040), x, np.zeros(47040)])
+    for stop in (1000, 30000, 50000, 61000, 106000):
+        sound = data.read_sound(tmp_path / "a.wav", stop / 44100)
+        np.testing.assert_allclose(sound, padded[stop:stop + 47040], atol=1e-7)
+
+
+def test_sample_formats_channels_and_rates_give_the_same_sound(tmp_path):
+    def tone(rate):
+        t = np.arange(2 * rate) / rate
+        return 0.4 * np.sin(2 * np.pi * 440 * t) + 0.2 * np.sin(2 * np.pi * 3000 * t + 1)
+
+    def read(rate, samples):
+        wavfile.write(tmp_path / "a.wav", rate, samples)
+        sound = data.read_sound(tmp_path / "a.wav", 1.5)
+        assert sound.shape == (47040,) and sound.dtype == np.float32
+        return sound
+
+    expected, x = tone(44100)[66150 - 47040:66150], tone(44100)
+    for samples in (x.astype(np.float32), x, (x * 2**15).astype(np.int16), (x * 2**31).astype(np.int32),
+                    np.stack([1.5 * x, 0.5 * x], 1).astype(np.float32)):
+        np.testing.assert_allclose(read(44100, samples), expected, atol=1e-4)
+    for rate in (48000, 22050, 16000):  # resampled: its filter is unsure of the ends
+        np.testing.assert_allclose(read(rate, tone(rate))[500:-500], expected[500:-500], atol=0.01)
+
+
+def htk_corners():
+    """64 + 2 points evenly spaced in mel from 0 to 22,050 Hz, in Hz."""
+    top = 2595 * math.log10(1 + 22050 / 700)
+    return [700 * (10 ** (i * top / 65 / 2595) - 1) for i in range(66)]
+
+
+def naive_log_mel(sound):
+    corners, hann = htk_corners(), 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(882) / 882)
+    filters = np.zeros((64, 513))
+    for m, (left, centre, right) in enumerate(zip(corners, corners[1:], corners[2:], strict=False)):
+        for n in range(513):
+            f = n * 44100 / 1024
+            filters[m, n] = max(0, min((f - left) / (centre - left), (right - f) / (right - centre)))
+    padded = np.pad(sound, 512)
+    frames = np.stack([padded[441 * c + 71:441 * c + 953] * hann for c in range(107)])  # 20 ms about 10 ms * c
+    power = np.abs(np.fft.rfft(np.pad(frames, ((0, 0), (71, 71))))) ** 2
+    db = 10 * np.log10(np.maximum(filters @ power.T, 1e-10))
+    return np.maximum(db, db.max() - 80), filters
+
+
+def test_log_mel_equals_its_definition():
+    sound = 0.1 * randn(47040).numpy()
+    sound[20000:30000] *= 1e-6  # below the floor
+    expected, filters = naive_log_mel(sound)
+    shown = data.log_mel(sound.astype(np.float32))
+    assert shown.shape == (1, 64, 107) and shown.dtype == torch.float32
+    np.testing.assert_allclose(shown[0], expected, atol=2e-2)
+    assert shown.min().item() == pytest.approx(shown.max().item() - 80, abs=1e-3)
+    np.testing.assert_allclose(data.mel_filters(), filters, atol=1e-5)
+    assert torch.isfinite(data.log_mel(np.zeros(47040, np.float32))).all()
+
+
+@pytest.mark.parametrize("mel", [12, 30, 55])
+def test_pure_tone_lights_its_mel_band(mel):
+    sound = np.sin(2 * np.pi * htk_corners()[mel + 1] * np.arange(47040) / 44100).astype(np.float32)
+    assert data.log_mel(sound)[0].mean(1).argmax().item() == mel
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def set_wav(root, samples, rate=4410):
+    wavfile.write(root / WAV, rate, samples)
+
+
+TEXT, CROPS, WAV = "annotations/VA_Estimation_Challenge/Train_Set/one.txt", "cropped_aligned/one", "audio/one.wav"
+AFF_FAULTS = {  # what to do to a good tree, and the path that the message must begin with
+    "no annotations": (lambda root: shutil.rmtree(root / "annotations"), "annotations"),
+    "no crops at all": (lambda root: shutil.rmtree(root / "cropped_aligned"), "cropped_aligned"),
+    "annotation without video": (lambda root: shutil.rmtree(root / CROPS), CROPS),
+    "no image": (lambda root: [p.unlink() for p in (root / CROPS).iterdir()], CROPS),
+    "no wav": (lambda root: (root / WAV).unlink(), WAV),
+    "empty file": (lambda root: write(root / WAV, b""), WAV),
+    "wav without samples": (lambda root: set_wav(root, np.zeros(0, np.int16)), WAV),
+    "wav cut in its header": (lambda root: write(root / WAV, (root / WAV).read_bytes()[:30]), WAV),
+    "short wav": (lambda root: set_wav(root, np.zeros(4410, np.int16)), WAV),
+    "8-bit wav": (lambda root: set_wav(root, np.zeros(44100, np.uint8)), WAV),
+    "short video": (lambda root: affwild2(root, frames=31), TEXT),
+    "other video": (lambda root: affwild2(root, frames=50, present=range(1, 80)), CROPS),
+    "text": (lambda root: write(root / TEXT, "valence,arousal\nhigh,low\n"), TEXT),
+    "header": (lambda root: write(root / TEXT, "0.1,0.2\n" * 90), TEXT),
+    "range": (lambda root: affwild2(root, label=np.full((100, 2), 1.5)), TEXT),
+    "nan": (lambda root: affwild2(root, label=np.full((100, 2), np.nan)), TEXT),
+    "three columns": (lambda root: affwild2(root, label=np.zeros((100, 3))), TEXT),
+    "binary": (lambda root: write(root / TEXT, bytes(range(256))), TEXT),
+    "bad image": (lambda root: write(root / CROPS / "00032.jpg", "no jpg"), f"{CROPS}/00032.jpg"),
+    "fps": (lambda root: write(root / "fps.txt", "one thirty\n"), "fps.txt"),
+    "fps of zero": (lambda root: write(root / "fps.txt", "one 0\n"), "fps.txt"),
+    "fps of nan": (lambda root: write(root / "fps.txt", "one nan\n"), "fps.txt"),
+    "sound of nan": (lambda root: set_wav(root, np.full(44100, np.nan, np.float32)), WAV)}
+
+
+@pytest.mark.parametrize("fault", AFF_FAULTS)
+def test_each_affwild2_fault_is_one_line_naming_the_path(tmp_path, fault):
+    spoil, path = AFF_FAULTS[fault]
+    spoil(affwild2(tmp_path))
+    with pytest.raises(UserError) as error:
+        source = data.open_dataset("affwild2", tmp_path)
+        source.visual(0), source.privileged(0)
+    only_line(error, path)
+
+
+def test_check_lists_every_affwild2_fault_and_strays_do_not_stop_loading(tmp_path, monkeypatch, capsys):
+    affwild2(tmp_path, "good", 40)
+    jpg(tmp_path / "cropped_aligned" / "stray" / "00001.jpg", 1)
+    assert len(data.open_dataset("affwild2", tmp_path).label) == 2
+    for video in ("crops", "sound", "empty", "short", "text", "image"):
+        affwild2(tmp_path, video, 40)
+    (tmp_path / "cropped_aligned/crops").rename(tmp_path / "x")
+    (tmp_path / "audio/sound.wav").unlink()
+    write(tmp_path / "audio/empty.wav", b"")
+    affwild2(tmp_path, "short", 20)
+    texts = tmp_path / "annotations/VA_Estimation_Challenge/Train_Set"
+    write(texts / "text.txt", "valence,arousal\nx,y\n")
+    write(tmp_path / "cropped_aligned/image/00001.jpg", "no jpg")
+    code, lines = run_check("affwild2", tmp_path, monkeypatch, capsys)
+    wrong = [tmp_path / "cropped_aligned" / c for c in ("stray", "crops", "image/00001.jpg")]
+    wrong += [tmp_path / "audio/sound.wav", tmp_path / "audio/empty.wav", texts / "short.txt", texts / "text.txt"]
+    assert code == 2 and sorted(line.split(": ")[0] for line in lines[1:-1]) == sorted(map(str, wrong))
+    assert lines[-1] == "7 faults"
+    with pytest.raises(UserError, match=r"4 more: python data.py --check affwild2 --root"):
+        data.open_dataset("affwild2", tmp_path)
+
+
+def test_scores_are_over_valid_frames_each_predicted_by_its_clip(tmp_path):
+    label = np.random.default_rng(0).uniform(-1, 1, (300, 2)).round(3)
+    label[:64], label[100:110, 1] = -5, -5  # the first two clips have no valid frame
+    source = data.open_dataset("affwild2", affwild2(tmp_path, frames=300, label=label), length=3)
+    index, keep = data.windows(source.video, 3)
+    output = randn(*index.shape, 2)
+    result = score(output, source, index, keep)
+    predicted, true = [], []
+    for t in [t for t in range(300) if -5 not in label[t]]:
+        row = min(t // 32, 9)  # 9 whole clips, the tenth aligned to the end
+        window = [s for s in range(len(index)) if row in index[s][keep[s]].tolist()]
+        assert len(window) == 1
+        predicted.append(output[window[0], index[window[0]].tolist().index(row)].numpy())
+        true.append(label[t])
+    for i, name in enumerate(("valence", "arousal")):
+        p, q = np.array(predicted)[:, i], np.array(true)[:, i]
+        expected = 2 * np.cov(p, q, bias=True)[0, 1] / (p.var() + q.var() + (p.mean() - q.mean()) ** 2)
+        assert result[name] == pytest.approx(expected, rel=1e-5)
+    assert result["n"] == len(true)
+    changed = output.clone()
+    changed[~keep], changed[0, :2] = 99, -99
+    assert score(changed, source, index, keep) == result
+
+
+def test_a_perfect_predictor_scores_1(tmp_path):
+    label = np.repeat(np.random.default_rng(0).uniform(-1, 1, (4, 2)), 32, axis=0)
+    source = data.open_dataset("affwild2", affwild2(tmp_path, frames=128, label=label))
+    index, keep = data.windows(source.video, 8)
+    result = score(source.label[index], source, index, keep)
+    assert result["valence"] == pytest.approx(1) and result["arousal"] == pytest.approx(1) and result["n"] == 128
+
+
+def test_accuracy_is_the_share_of_right_samples():
+    source = SimpleNamespace(task="classification", label=torch.tensor([0, 0, 2, 2, 1, 1, 1, 1]))
+    output = torch.tensor([[5., 1, 1], [0, 0, 2], [9, 3, 1], [0, 4, 1]])
+    result = score(output, source, torch.arange(8).view(4, 2), torch.ones(4, 2, dtype=torch.bool))
+    assert result == {"accuracy": 75.0, "n": 4}
+
+
+# ----------------------------------------------------------------------------------------- features, faces, stand-in
+
+def arrays(n=6, length=2, **changes):
+    rng = np.random.default_rng(0)
+    good = dict(visual=rng.normal(size=(n, length, 3)).astype(np.float32), privileged=rng.normal(size=(n, length, 4)),
+                label=np.arange(n) % 3, group=np.arange(n) // 2, name=np.array([f"n{i}" for i in range(n)]))
+    return {key: value for key, value in (good | changes).items() if value is not None}
+
+
+@pytest.mark.parametrize("label, task, outputs", [
+    (np.array([0, 1, 2, 0, 1, 2]), "classification", 3), (np.zeros((6, 2), np.float32), "regression", 2),
+    (np.linspace(-1, 1, 24).reshape(6, 2, 2), "regression", 2)])
+def test_features_file_round_trip(tmp_path, label, task, outputs):
+    content = arrays(label=label, split=np.array(["train", "test"] * 3))
+    data.save_features(tmp_path / "f.npz", content)
+    source = data.open_dataset("features", tmp_path / "f.npz")
+    assert (source.task, source.outputs, source.length) == (task, outputs, 2) and not list(tmp_path.glob("*.tmp"))
+    for sample, clip in itertools.product(range(6), range(2)):
+        row = 2 * sample + clip
+        np.testing.assert_array_equal(source.visual(row), content["visual"][sample, clip])
+        np.testing.assert_allclose(source.privileged(row), content["privileged"][sample, clip], rtol=1e-6)
+        expected = label[sample, clip] if label.ndim == 3 else label[sample]
+        np.testing.assert_allclose(source.label[row], expected, rtol=1e-6)
+        assert source.group[row] == sample // 2 and source.name[row] == f"n{sample}"
+        assert source.split[row] == ("train", "test")[sample % 2] and source.video[row] == sample
+
+
+def test_features_leave_invalid_labels_out_of_the_frames(tmp_path):
+    label = np.zeros((6, 2, 2), np.float32)
+    label[1, 0, 1], label[4] = -5, -5
+    data.save_features(tmp_path / "f.npz", arrays(label=label))
+    source = data.Features(tmp_path / "f.npz")
+    assert source.frame_row.tolist() == [0, 1, 3, 4, 5, 6, 7, 10, 11] and (source.frame_label == 0).all()
+
+
+def test_features_without_privileged_serve_the_visual_path(tmp_path):
+    data.save_features(tmp_path / "f.npz", arrays(privileged=None))
+    assert data.open_dataset("features", tmp_path / "f.npz", privileged=False).visual(0).shape == (3,)
+
+
+NAN = np.full((6, 2, 3), np.nan, np.float32)
+
+
+@pytest.mark.parametrize("changes, names", [
+    (dict(visual=NAN), "visual holds NaN"), (dict(privileged=NAN), "privileged holds NaN"),
+    (dict(visual=None), "'visual'"), (dict(privileged=None), "'privileged'"), (dict(label=None), "'label'"),
+    (dict(visual=np.zeros((6, 3))), r"visual is \(6, 3\)"), (dict(visual=np.zeros((6, 2, 3), int)), "floating"),
+    (dict(privileged=np.zeros((5, 2, 3))), r"privileged is \(5, 2, 3\)"), (dict(label=NAN[..., :2]), "NaN"),
+    (dict(label=np.zeros(5, int)), r"label is int64 \(5,\)"), (dict(label=np.zeros(6, int)), "0 to 0"),
+    (dict(label=np.arange(6) - 1), "-1 to 4"), (dict(label=np.zeros((6, 3))), r"\(6, 3\)"),
+    (dict(label=np.array(["a"] * 6)), "<U1"), (dict(group=np.arange(5)), r"group is \(5,\)"),
+    (dict(split=np.array(["train", "dev"] * 3)), "dev"), (dict(name=np.array([{}] * 6)), "pickle")])
+def test_features_that_do_not_fit_are_one_line(tmp_path, changes, names):
+    np.savez(tmp_path / "f.npz", **arrays(**changes))
+    with pytest.raises(UserError, match=names) as error:
+        data.Features(tmp_path / "f.npz")
+    only_line(error, "f.npz")
+
+
+@pytest.mark.parametrize("content", [b"", b"some text", "missing", "npy"])
+def test_files_that_are_no_npz_are_one_line(tmp_path, content):
+    path = tmp_path / "f.npz"
+    if content == "npy":
+        np.save(tmp_path / "f.npy", np.zeros((3, 2, 2)))
+        (tmp_path / "f.npy").rename(path)
+    elif content != "missing":
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        data.Features(path)
+    only_line(error, "f.npz")
+
+
+def test_faces_of_a_folder_or_of_folders_need_no_label(tmp_path):
+    for name in ("p1", "p2"):
+        for i in (51, 125):
+            jpg(tmp_path / "pain" / name / f"img_{i:05d}.jpg", i)
+    for i in (1, 40):
+        jpg(tmp_path / "affect" / "v" / f"{i:05d}.jpg", i)
+    pain, affect = (dict(dataset=d, image_size=24, length=n) for d, n in (("biovid_b", 1), ("affwild2", 8)))
+    faces = data.Faces(tmp_path / "pain", pain)
+    assert [n.split("/")[0] for n in faces.name] == faces.video.tolist() == ["p1", "p2"]
+    assert faces.visual(1).shape == (3, 10, 24, 24) and set(grays(faces.visual(0))) == {51, 125}
+    assert len(data.Faces(tmp_path / "pain" / "p1", pain).name) == 1
+    faces = data.Faces(tmp_path / "affect", affect)
+    assert faces.name == ["v/00032", "v/00040"] and [grays(faces.visual(i)) for i in (0, 1)] == [[1] * 8, [40] * 8]
+    (tmp_path / "none").mkdir()
+    for folder, settings in (("none", pain), ("missing", pain), ("pain/p1", affect)):
+        with pytest.raises(UserError) as error:
+            data.Faces(tmp_path / folder, settings)
+        only_line(error, folder)
+
+
+def test_stand_in_of_biovid_is_read_by_the_real_loader_and_covers_the_awkward_cases(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SUBJECTS", 5)
+    monkeypatch.setattr(data, "REPEATS", 1)
+    root = tmp_path / "s"
+    data.write_stand_in("biovid_b", root)
+    source = data.open_dataset("biovid_b", root, classes=5, image_size=16)
+    assert (root / "SYNTHETIC").is_file() and len(set(source.group)) == 5 and len(source.samples) == 25
+    assert {len(csv.read_text().splitlines()) - 1 for _, csv, _ in source.samples} == {2816, 2817}
+    images = [sorted(p.name for p in folder.iterdir()) for folder, _, _ in source.samples]
+    assert len({len(i) for i in images}) > 1 and not list(source.faults)
+    assert source.visual(0).shape == (3, 10, 16, 16) and torch.isfinite(source.privileged(0)).all()
+    before = (root / "SYNTHETIC").stat().st_mtime_ns
+    data.write_stand_in("biovid_b", root)  # there already: nothing happens
+    assert (root / "SYNTHETIC").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="another stand-in"):
+        data.write_stand_in("biovid_a", root)
+
+
+def test_stand_in_refuses_a_folder_that_is_not_its_own(tmp_path):
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "mine" / "thesis.txt", "irreplaceable")
+    with pytest.raises(UserError, match="no stand-in") as error:
+        data.write_stand_in("biovid_b", tmp_path / "mine")
+    only_line(error, "mine")
+    assert [p.name for p in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
+
+
+def test_stand_in_of_affwild2_covers_the_awkward_cases(tmp_path, monkeypatch):
+    shown = {}
+
+    def few_tiny_images(folder, pattern, faces, keep, scale):
+        shown[folder.name] = keep
+        for i in np.flatnonzero(keep)[::7]:
+            jpg(folder / pattern.format(i + 1), 1)
+
+    monkeypatch.setattr(data, "draw_faces", lambda *args: None)
+    monkeypatch.setattr(data, "write_jpegs", few_tiny_images)
+    monkeypatch.setattr(data, "SOUND_RATE", 2205)
+    data.write_stand_in("affwild2", tmp_path / "s")
+    source = data.open_dataset("affwild2", tmp_path / "s")
+    assert json.loads((tmp_path / "s" / "SYNTHETIC").read_text())["dataset"] == "affwild2"
+    assert {"video3_left", "video3_right"} <= set(source.video) and set(source.split) == {"train", "test"}
+    assert set(source.fps.values()) == {25} and not all(keep.all() for keep in shown.values())
+    rows = {p.stem: data.read_annotation(p) for p in (tmp_path / "s").rglob("*_Set/*.txt")}
+    assert {len(rows[v]) - len(keep) for v, keep in shown.items()} == {-1, 0, 1}
+    assert all((label == -5).any() and not (label == -5).all() for label in rows.values())
+    assert len(source.frame_label) == sum((label != -5).all(1).sum() for label in rows.values())
+
+
+# ----------------------------------------------------------------------------------- the scripts, as a user runs them
+
+
+def call(script, line, capsys=None):
+    """Run a script's main() in this process with a command line; returns the exit code (0 if it just returns)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *line.split()])
+        try:
+            data.run(script.main)
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory):
+    """A small BioVid B in its own format: 10 subjects, one sample of each class, 16 x 16 faces."""
+    root = tmp_path_factory.mktemp("data") / "biovid"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SUBJECTS", 10)
+        patch.setattr(data, "REPEATS", 1)
+        patch.setattr(data, "FACE", 16)
+        data.write_stand_in("biovid_b", root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def biovid_run(stand_in, tmp_path_factory):
+    """Teacher and PKDOT student on it, by the two commands of the README with smaller settings."""
+    out = tmp_path_factory.mktemp("runs")
+    common = f"--out {out} --device cpu --workers 0"
+    assert call(train_teacher, f"--dataset biovid_b --root {stand_in} --image-size 32 --backbone-epochs 1 "
+                               f"--fusion-epochs 2 {common}") == 0
+    assert call(train_student, f"--lambda 0.4 --k 30 --epochs 3 {common}") == 0
+    return out / "biovid_b-synthetic" / "c2" / "fold1"
+
+
+@pytest.fixture(scope="session")
+def two_views(tmp_path_factory):
+    """A features file: 4 classes; a noisy image of the class is the visual view, a clear one the privileged."""
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 4, 240)
+    centres_v, centres_p = rng.normal(size=(4, 12)), rng.normal(size=(4, 9))
+    path = tmp_path_factory.mktemp("features") / "views.npz"
+    np.savez(path, label=label, visual=(centres_v[label] + rng.normal(size=(240, 12)))[:, None].astype(np.float32),
+             privileged=(3 * centres_p[label] + rng.normal(size=(240, 9)))[:, None].astype(np.float32))
+    return path
+
+
+def train_on_views(path, out, more=""):
+    assert call(train_teacher, f"--dataset features --root {path} --out {out} --backbone-epochs 3 --fusion-epochs 5 "
+                               f"--device cpu {more}") == 0
+    return out / "features" / "c4" / "fold1"
+
+
+@pytest.fixture(scope="session")
+def views_run(two_views, tmp_path_factory):
+    return train_on_views(two_views, tmp_path_factory.mktemp("views"))
+
+
+def results(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_last_line_is_the_answer(biovid_run):
+    out = biovid_run.parents[2]
+    command = [sys.executable, "train_student.py", "--lambda", "0.4", "--k", "30", "--epochs", "2", "--workers", "0",
+               "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(train_student.__file__).parent)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"SYNTHETIC biovid_b fold 1, test, n = 4: visual only \(lower bound\) accuracy [\d.]+ % \| "
+                        r"student, pkdot accuracy [\d.]+ % \| multimodal \(upper bound\) accuracy [\d.]+ %", last)
+    assert done.stderr.count("only 14 training samples; batches are of 14 and k is 14") == 1
+
+
+def test_results_lines_say_what_was_run(biovid_run):
+    lines = results(biovid_run.parents[2])
+    assert [line["role"] for line in lines[:4]] == ["visual", "privileged", "multimodal", "student"]
+    expected = {"dataset": "biovid_b", "synthetic": True, "classes": 2, "fold": 1, "method": "pkdot", "lambda": 0.4,
+                "k": 30, "epsilon": 0.1, "debias": True, "anchors": "dissimilar", "batch_size": 128, "seed": 0,
+                "select": "val", "n_test": 4, "torch": torch.__version__}
+    assert expected.items() <= lines[3].items() and lines[3]["seconds"] > 0
+    log = [json.loads(line) for line in (biovid_run / "log.jsonl").read_text().splitlines()]
+    assert "command" in log[0] and {"visual", "privileged", "fusion", "student"} <= {line.get("stage") for line in log}
+
+
+def test_student_is_stage_1_frozen_tnet_and_a_fresh_head(biovid_run):
+    student = torch.load(biovid_run / "student-pkdot.pt", weights_only=True)["model"]
+    teacher = torch.load(biovid_run / "teacher.pt", weights_only=True)
+    visual = torch.load(biovid_run / "visual.pt", weights_only=True)["model"]
+    part = {name: {key.removeprefix(name + "."): value for key, value in student.items() if key.startswith(name + ".")}
+            for name in ("backbone", "tnet", "head")}
+    assert sum(map(len, part.values())) == len(student)  # and no privileged backbone
+    assert equal(part["tnet"], teacher["tnet"])
+    assert equal(part["backbone"], {key.removeprefix("backbone."): value for key, value in visual.items()
+                                    if key.startswith("backbone.")})
+    assert part["head"].keys() == teacher["head"].keys() and not equal(part["head"], teacher["head"])
+
+
+def test_distillation_leaves_the_teacher_as_it_was(views_run):
+    before = {path.name: path.read_bytes() for path in views_run.iterdir() if path.suffix in (".pt", ".npz")}
+    assert call(train_student, f"--out {views_run.parents[2]} --epochs 2 --method mse --device cpu") == 0
+    assert before == {name: (views_run / name).read_bytes() for name in before}
+
+
+def test_evaluation_and_prediction_need_no_privileged_file(biovid_run, stand_in, tmp_path, capsys):
+    shutil.copytree(stand_in / "faces", tmp_path / "faces")
+    assert call(train_student, f"--evaluate {biovid_run}/student-pkdot.pt --root {tmp_path} --workers 0") == 0
+    score = float(re.search(r"accuracy ([\d.]+) %", capsys.readouterr().out)[1])
+    trained = torch.load(biovid_run / "student-pkdot.pt", weights_only=True)["scores"]["accuracy"]
+    assert score == pytest.approx(trained, abs=0.01)
+    subject = next(iter(sorted((tmp_path / "faces").iterdir())))
+    assert call(train_student, f"--predict {subject} --student {biovid_run}/student-pkdot.pt --workers 0") == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header == "sample,p(BL1),p(PA4)"
+    assert [line.split(",")[0] for line in lines] == sorted(path.name for path in subject.iterdir())
+    assert all(sum(map(float, line.split(",")[1:])) == pytest.approx(1, abs=2e-4) for line in lines)
+
+
+def test_same_seed_twice_gives_identical_numbers(two_views, views_run, tmp_path):
+    again = train_on_views(two_views, tmp_path)
+    for name in ("visual", "privileged"):
+        assert equal(*(torch.load(run / f"{name}.pt", weights_only=True)["model"] for run in (views_run, again)))
+    for run in (views_run, again):
+        assert call(train_student, f"--teacher {run}/teacher.pt --out {run.parents[2]} --epochs 3 --device cpu") == 0
+    one, two = (torch.load(run / "student-pkdot.pt", weights_only=True) for run in (views_run, again))
+    assert equal(one["model"], two["model"]) and one["scores"] == two["scores"]
+    assert call(train_student, f"--teacher {again}/teacher.pt --out {tmp_path} --epochs 3 --seed 1 --device cpu") == 0
+    assert not equal(two["model"], torch.load(again / "student-pkdot.pt", weights_only=True)["model"])
+
+
+@pytest.mark.parametrize("stage", ["visual", "privileged", "fusion", "student"])
+def test_resumed_equals_uninterrupted(stage, two_views, views_run, tmp_path, monkeypatch):
+    """A run killed after its second epoch of a stage, then resumed, ends with the very same weights."""
+    whole = train_on_views(two_views, tmp_path / "whole")
+    student = "--epochs 4 --device cpu --batch-size 32 --anchors random --out"
+    assert call(train_student, f"{student} {tmp_path}/whole") == 0
+    script = train_student if stage == "student" else train_teacher
+    append = script.append_line
+
+    def dying(path, record):
+        append(path, record)
+        if record.get("stage") == stage and record["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_teacher, "SAVE_EVERY", 0)
+    monkeypatch.setattr(script, "append_line", dying)
+    out = tmp_path / "killed"
+    try:
+        train_on_views(two_views, out)
+        call(train_student, f"{student} {out}")
+        pytest.fail("was not interrupted")
+    except KeyboardInterrupt:
+        monkeypatch.setattr(script, "append_line", append)
+    killed = train_on_views(two_views, out, "--resume")
+    assert call(train_student, f"{student} {out} --resume") == 0
+    for name, keys in {"teacher": ("head", "tnet"), "student-pkdot": ("model",)}.items():
+        one, two = (torch.load(run / f"{name}.pt", weights_only=True) for run in (whole, killed))
+        assert all(equal(one[key], two[key]) for key in keys)
+    assert not list(killed.glob("*.progress")) and not list(killed.glob("*.tmp"))
+
+
+def test_resume_refuses_other_settings(views_run, two_views, capsys):
+    line = f"--dataset features --root {two_views} --out {views_run.parents[2]} --resume --device cpu --fusion-epochs 5"
+    assert call(train_teacher, line + " --backbone-epochs 4") == 2
+    assert "backbone_epochs 3, not 4" in capsys.readouterr().err
+
+
+def test_finetuning_trains_the_backbone_from_video(biovid_run):
+    out = biovid_run.parents[2]
+    assert call(train_student, f"--out {out} --method cosine --finetune --epochs 1 --workers 0 --device cpu") == 0
+    student = torch.load(biovid_run / "student-cosine.pt", weights_only=True)["model"]
+    visual = torch.load(biovid_run / "visual.pt", weights_only=True)["model"]
+    assert not torch.equal(student["backbone.stem.0.weight"], visual["backbone.stem.0.weight"])
+
+
+@pytest.mark.parametrize("method", train_student.METHODS)
+def test_each_method_learns_to_classify_from_one_view(method, views_run):
+    out = views_run.parents[2]
+    assert call(train_student, f"--out {out} --method {method} --epochs 30 --batch-size 64 --lr 1e-3 --device cpu") == 0
+    assert results(out)[-1]["method"] == method and results(out)[-1]["accuracy"] > 40  # chance is 25
+
+
+def test_autocast_runs(views_run):
+    out = views_run.parents[2]
+    assert call(train_student, f"--out {out} --epochs 2 --amp --method none --device cpu") == 0
+    assert results(out)[-1]["amp"] is True
+
+
+BAD = [  # script, command line, what the one line must name
+    (train_student, "--out {tmp}", ["{tmp}", "run train_teacher.py first"]),
+    (train_student, "--out {tmp} --k 300 --batch-size 128", ["--k 300", "128"]),
+    (train_student, "--out {views} --k 300 --batch-size 128", ["--k 300", "--batch-size 128"]),
+    (train_student, "--method ridge", ["ridge", "pkdot"]),
+    (train_student, "--teacher {tmp}/teacher.pt", ["{tmp}/teacher.pt", "no such file"]),
+    (train_student, "--teacher {text}", ["{text}", "checkpoint"]),
+    (train_student, "--teacher {pickle}", ["{pickle}", "checkpoint"]),
+    (train_student, "--evaluate {teacher}", ["{teacher}", "student"]),
+    (train_student, "--evaluate {student} --root {tmp}", ["{tmp}/faces", "--synthetic"]),
+    (train_student, "--predict {tmp}/none --student {student}", ["{tmp}/none", "no such folder"]),
+    (train_student, "--predict {tmp}", ["--student"]),
+    (train_student, "--epsilon 0", ["--epsilon", "0"]),
+    (train_teacher, "--dataset mnist", ["mnist", "affwild2"]),
+    (train_teacher, "--dataset biovid_b --root {tmp}", ["{tmp}/faces", "request", "--synthetic"]),
+    (train_teacher, "--dataset affwild2 --root {tmp}", ["{tmp}/cropped_aligned", "request", "--synthetic"]),
+    (train_teacher, "--dataset features", ["--root"]),
+    (train_teacher, "--dataset features --root {text}", ["{text}", "features file"]),
+    (train_teacher, "--dataset features --root {nan}", ["{nan}", "NaN"]),
+    (train_teacher, "--dataset biovid_b --root {biovid} --visual-weights {text}", ["{text}", "state dict"]),
+    (train_teacher, "--dataset biovid_b --root {biovid} --device cuda:99", ["cuda:99"]),
+    (train_teacher, "--fold 6", ["6", "all"]),
+    (train_teacher, "--batch 3", ["--batch"])]
+
+
+@pytest.mark.parametrize("script, line, named", BAD, ids=[line for _, line, _ in BAD])
+def test_bad_input_is_one_line_and_exit_code_2(script, line, named, biovid_run, views_run, stand_in, tmp_path, capsys):
+    files = {"tmp": tmp_path / "empty", "views": views_run.parents[2], "text": tmp_path / "text.pt",
+             "pickle": tmp_path / "pickle.pt", "teacher": biovid_run / "teacher.pt", "nan": tmp_path / "nan.npz",
+             "student": biovid_run / "student-pkdot.pt", "biovid": stand_in}
+    files["tmp"].mkdir()
+    files["text"].write_text("not a checkpoint")
+    torch.save({"kind": "teacher", "settings": Path("x")}, files["pickle"])  # an object: not safe to load
+    np.savez(files["nan"], visual=np.full((9, 1, 2), np.nan, np.float32), privileged=np.ones((9, 1, 2), np.float32),
+             label=np.arange(9) % 2)
+    runs = [biovid_run.parents[2], views_run.parents[2]]
+    before = {path: path.read_bytes() for run in runs for path in run.rglob("*.pt")}
+    assert call(script, line.format(**files)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    for name in named:
+        assert name.format(**files) in captured.err
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_unreadable_files_are_named_from_worker_processes(stand_in, tmp_path):
+    """As from the shell, and through a DataLoader's workers: still one line."""
+    root = tmp_path / "biovid"
+    shutil.copytree(stand_in, root)
+    victim = sorted((root / "faces").glob("*/*BL1*/img_00060.jpg"))
+    for path in (root / "faces").glob("*/*/*.jpg"):
+        path.write_bytes(b"not a jpg")
+    done = subprocess.run([sys.executable, "train_teacher.py", "--dataset", "biovid_b", "--root", str(root), "--out",
+                           str(tmp_path / "out"), "--workers", "1", "--image-size", "32"],
+                          capture_output=True, text=True, cwd=Path(train_teacher.__file__).parent)
+    assert done.returncode == 2 and victim
+    assert done.stderr.count("\n") == 1 and ".jpg: not a readable image" in done.stderr
+
+
+def test_documented_commands_parse():
+    """Every command in the README and in the docstrings of the scripts is one that its parser takes."""
+    folder = Path(train_student.__file__).parent
+    text = (folder / "README.md").read_text() + train_teacher.__doc__ + train_student.__doc__
+    commands = re.findall(r"python (train_teacher|train_student)\.py([^\n#&`|]*)", text)
+    assert len(commands) > 10
+    for script, line in commands:
+        globals()[script].parse(shlex.split(line))
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def line(role="student", fold=1, seed=0, **more):
+    """A hand-written line of results.jsonl."""
+    student = train_student.DEFAULT if role == "student" else {}
+    return {**student, "role": role, "dataset": "biovid_b", "classes": 2, "synthetic": False, "fold": fold,
+            **more, "seed": seed}
+
+
+def test_a_known_table():
+    """Means, standard deviations and intervals worked out by hand."""
+    records = [line(fold=fold, seed=seed, accuracy=value) for fold, seed, value in
+               [(1, 0, 80.0), (1, 1, 82.0), (2, 0, 70.0), (2, 1, 72.0)]]  # mean 76, standard deviation 5.887841
+    records += [line(fold=fold, seed=seed, accuracy=value, method="cosine") for fold, seed, value in
+                [(1, 0, 79.0), (1, 1, 79.0), (2, 0, 66.0), (2, 1, 66.0)]]  # PKDOT ahead by 2 in fold 1, by 5 in fold 2
+    text = train_student.format_table(train_student.TABLES["2"], records, train_student.DEFAULT, synthetic=False)
+    lines = [re.sub(" +", " ", row) for row in text.splitlines()]
+    assert "PKDOT 78.76 | 76.00 ± 5.89 (4 runs) 0.43 | not run 0.56 | not run" in lines
+    assert "Cosine similarity [10] 75.40 | 72.50 ± 7.51 (4 runs) 0.37 | not run 0.53 | not run" in lines
+    assert "KL [8] 75.80 | not run N/A | n/a N/A | n/a" in lines
+    # folds' means 2 and 5: mean 3.5, standard error 1.5, t(0.975, 1) = 12.7062
+    assert ("PKDOT minus Cosine similarity [10], BioVid (B) accuracy: +3.50, 95 % interval [-15.56, +22.56], "
+            "inside the noise") in lines
+    assert "SYNTHETIC" not in text
+    synthetic = train_student.format_table(train_student.TABLES["2"], records, train_student.DEFAULT, synthetic=True)
+    assert synthetic.startswith("SYNTHETIC DATA - ")
+
+
+def test_seeds_are_what_varies_with_a_single_fold():
+    pkdot = {(1, seed): value for seed, value in enumerate((0.5, 0.6, 0.7))}
+    # differences 0.1, 0.1, 0.4: mean 0.2, standard error 0.1, t(0.975, 2) = 4.30265
+    mean, low, high = train_student.interval(pkdot, {(1, 0): 0.4, (1, 1): 0.5, (1, 2): 0.3})
+    assert (mean, low, high) == pytest.approx((0.2, 0.2 - 0.430265, 0.2 + 0.430265), abs=1e-5)
+    assert train_student.interval({(1, 0): 1.0}, {(1, 0): 2.0}) is None
+
+
+def test_a_bound_pairs_with_every_seed():
+    ours = {(1, 0): 3.0, (1, 1): 5.0, (2, 0): 1.0, (2, 1): 1.0}  # fold means of the difference: 3 and 1
+    assert train_student.interval(ours, {(1, 0): 1.0, (2, 0): 0.0})[0] == pytest.approx(2.0)
+
+
+def test_only_lines_with_the_same_settings_count():
+    column = train_student.BIOVID_B
+    records = [line(accuracy=1.0), line(accuracy=2.0, epsilon=0.2), line(accuracy=3.0, seed=1, classes=5),
+               line(role="visual", accuracy=4.0), line(accuracy=5.0, seed=2)]
+    row = ("PKDOT", {}, ())
+    assert train_student.values(records, column, row, train_student.DEFAULT) == {(1, 0): 1.0, (1, 2): 5.0}
+    assert train_student.values(records, column, ("", "visual", ()), train_student.DEFAULT) == {(1, 0): 4.0}
+
+
+def test_the_papers_numbers():
+    """Tables II to V as printed, row by row."""
+    printed = {name: {row[0]: row[2] for row in table[2]} for name, table in train_student.TABLES.items()}
+    assert printed["2"] == {
+        "Cosine similarity [10]": ("75.40", "0.37", "0.53"), "MSE [8]": ("N/A", "0.39", "0.53"),
+        "KL [8]": ("75.80", "N/A", "N/A"), "PKDOT": ("78.76", "0.43", "0.56"),
+        "RKD [31]": ("-", "-", "-"), "none (lambda 0)": ("-", "-", "-")}
+    assert printed["3"] == {
+        "ResNet-50 [44]": ("0.31", "0.17"), "SENet-50 [45]": ("0.28", "0.34"), "MobileNet [46]": ("0.28", "0.44"),
+        "RegNet + GRU [47]": ("0.43", "0.57"), "ResNeXt + SENet [48]": ("0.51", "0.48"),
+        "Visual only (lower bound)": ("0.41", "0.51"), "Student - PKDOT": ("0.43", "0.56"),
+        "Multimodal (upper bound)": ("0.67", "0.59")}
+    assert printed["4"] == {
+        "Sparse LSTM [19]": ("61.70", "29.70"), "ViT [18]": ("72.11", "NR"), "FAD + RF [49]": ("72.40", "30.80"),
+        "GNN [50]": ("73.20", "NR"), "ViT [51]": ("73.28", "31.52"), "ResNet-18 [52]": ("NR", "36.60"),
+        "Visual only (lower bound)": ("72.10", "30.38"), "Student - PKDOT": ("74.55", "33.65"),
+        "Multimodal (upper bound)": ("83.50", "36.40")}
+    assert printed["5"] == {
+        "Handcrafted + RF [22]": ("72.70",), "Visual only (lower bound)": ("74.10",), "Student - PKDOT": ("78.76",),
+        "Multimodal (upper bound)": ("81.30",)}
+
+
+def test_a_torn_last_line_loses_nothing_else(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    train_teacher.append_line(path, {"a": 1})
+    with open(path, "a") as file:
+        file.write('{"a": 2, "met')  # killed while writing
+    train_teacher.append_line(path, {"a": 3})
+    assert train_student.read_results(path) == [{"a": 1}, {"a": 3}]
+    assert "line 2" in capsys.readouterr().err
+
+
+def test_a_sweep_trains_exactly_what_is_missing(two_views, tmp_path, monkeypatch, capsys):
+    for fold in range(1, 6):
+        train_on_views(two_views, tmp_path, f"--fold {fold}")
+    trained, distil = [], train_student.distil
+
+    def counting(path, choice, *args, **more):
+        trained.append((path.parent.name, choice["method"], choice["seed"]))
+        return distil(path, choice, *args, **more)
+
+    monkeypatch.setattr(train_student, "distil", counting)
+    table = f"--table 2 --dataset features --root {two_views} --out {tmp_path} --epochs 1 --device cpu --batch-size 64"
+    assert call(train_student, table) == 0
+    assert sorted(trained) == sorted((f"fold{f}", m, 0) for f in range(1, 6) for m in train_student.METHODS)
+    assert "5 runs" in capsys.readouterr().out
+    trained.clear()
+    lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "results.jsonl").write_text("".join(lines[:-1]))
+    assert call(train_student, table) == 0
+    gone = json.loads(lines[-1])
+    assert trained == [(f"fold{gone['fold']}", gone["method"], 0)]
+    trained.clear()
+    assert call(train_student, table + " --seeds 2") == 0
+    assert len(trained) == 30 and {seed for _, _, seed in trained} == {1}
+    trained.clear()
+    assert call(train_student, table + " --epsilon 0.2") == 0  # counts for all: a setting of every run
+    assert len(trained) == 30
+    trained.clear()
+    assert call(train_student, table + " --fresh") == 0
+    assert len(trained) == 30
+
+
+def test_figures_are_written(biovid_run, stand_in, capsys, monkeypatch):
+    out = biovid_run.parents[2]
+    monkeypatch.setattr(train_student, "ensure_teachers", lambda dataset, classes, args: [
+        (biovid_run / "teacher.pt", torch.load(biovid_run / "teacher.pt", weights_only=True))])
+    common = f"--out {out} --root {stand_in} --epochs 1 --device cpu --dataset biovid_b"
+    assert call(train_student, f"--figure 5 {common}") == 0
+    assert (out / "figure5-biovid_b-synthetic.png").read_bytes()[:4] == b"\x89PNG"
+    assert call(train_student, f"--figure 7 {common}") == 0
+    header, *rows = (out / "figure7.csv").read_text().splitlines()
+    assert header == ",BioVid (B) accuracy"
+    assert [row.split(",")[0] for row in rows][:2] == ["epsilon 0.001", "epsilon 0.01"]
+    assert "SYNTHETIC DATA - Figure 7" in capsys.readouterr().out
