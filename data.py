@@ -20,8 +20,10 @@ import re
 import shutil
 import struct
 import sys
+import tokenize
 import warnings
 import zipfile
+import zlib
 from functools import cache
 from pathlib import Path
 
@@ -43,9 +45,6 @@ ORIGIN = {"biovid": "on request from https://www.nit.ovgu.de/BioVid.html",
 
 class UserError(ValueError):
     """What the user can mend: one line that says what, where and what to do. The scripts print it and exit with 2."""
-
-    def __init__(self, message):  # a DataLoader worker hands it on wrapped in a traceback: keep the message alone
-        super().__init__(str(message).rpartition("UserError: ")[2].strip())
 
 
 class Samples(Dataset):
@@ -144,7 +143,7 @@ class BioVid:
     def __init__(self, root, dataset, classes=2, length=1, image_size=112, privileged=True):
         self.path, self.column, self.length, self.image_size = Path(root), self.COLUMN[dataset], length, image_size
         levels = self.levels(classes)
-        self.outputs, self.samples, self.faults = len(levels), [], []
+        self.outputs, self.samples, self.faults, self.strays = len(levels), [], [], []
         hint = f"BioVid is licence-gated, {ORIGIN['biovid']}; --synthetic runs without it"
         faces = find_folder(self.path, "faces")
         signals = find_folder(self.path, "biosignals_filtered", "biosignals_raw")
@@ -156,7 +155,7 @@ class BioVid:
                                f"biosignals_filtered/<subject>/<sample>_bio.csv; {hint}")
         if self.faults:
             return
-        for folder in sorted(p for p in faces.glob("*/*") if p.is_dir()):
+        for folder in sorted(p for p in faces.glob("[!.]*/[!.]*") if p.is_dir()):
             subject = folder.parent.name
             match = re.fullmatch(r"\d{6}_[mw]_\d{2}-(BL1|PA[1-4])-\d{3}", folder.name)
             csv = signals / subject / f"{folder.name}_bio.csv" if privileged else None
@@ -167,6 +166,10 @@ class BioVid:
                 self.faults.append(f"{csv}: missing, but its face crops are there; extract it again or remove {folder}")
             elif match[1] in levels:
                 self.samples.append((folder, csv, levels.index(match[1])))
+        if privileged:
+            self.strays = [f"{p}: no face crops in {faces / p.parent.name / p.name[:-8]}; not used"
+                           for p in sorted(signals.glob("[!.]*/[!.]*_bio.csv"))
+                           if not (faces / p.parent.name / p.name[:-8]).is_dir()]
         if not self.samples and not self.faults:
             self.faults.append(f"{faces}: no sample of {', '.join(levels)} in it; expected <subject>/<sample>/; {hint}")
         rows = [s for s in self.samples for _ in range(length)]
@@ -190,7 +193,8 @@ class BioVid:
         return clip_span(row % self.length, self.length)
 
     def check(self):
-        """Yields every fault inside the files; folders' faults are in `faults`."""
+        """Yields every fault inside the files, and what lies there unused; folders' faults are in `faults`."""
+        yield from self.strays
         for folder, csv, _ in tqdm(self.samples, disable=None):
             yield from _faults(pain_frames, folder, self.BEGIN, self.END)
             for image in folder.glob("*.jpg"):
@@ -224,12 +228,18 @@ def image_numbers(folder, pattern):
 
 
 def pain_frames(folder, begin, end):
-    """BioVid.FRAMES equally spaced ones of the images there from begin to end seconds; image i is at (i - 1) / 25 s."""
-    present = image_numbers(folder, r"img_(\d{5})\.jpg")
-    present = present[(present >= 1 + begin * BioVid.VIDEO_FPS) & (present < 1 + end * BioVid.VIDEO_FPS)]
-    if len(present) == 0:
-        raise UserError(f"{folder}: no face img_<5 digits>.jpg between {begin:g} and {end:g} s; "
+    """BioVid.FRAMES equally spaced ones of the images there from begin to end seconds; image i is at (i - 1) / 25 s.
+
+    A clip without an image takes the one of the sample's window that is nearest to its middle.
+    """
+    numbers = image_numbers(folder, r"img_(\d{5})\.jpg")
+    seconds = (numbers - 1) / BioVid.VIDEO_FPS
+    window, clip = (numbers[(seconds >= a) & (seconds < b)] for a, b in ((BioVid.BEGIN, BioVid.END), (begin, end)))
+    if len(window) == 0:
+        raise UserError(f"{folder}: no face img_<5 digits>.jpg between {BioVid.BEGIN:g} and {BioVid.END:g} s; "
                         "extract its crops again or remove the folder")
+    middle = 1 + (begin + end) / 2 * BioVid.VIDEO_FPS
+    present = clip if len(clip) else window[[np.abs(window - middle).argmin()]]
     chosen = present[np.linspace(0, len(present) - 1, BioVid.FRAMES).round().astype(int)]
     return [folder / f"img_{i:05d}.jpg" for i in chosen]
 
@@ -243,18 +253,25 @@ def read_biosignal(path, column, begin, end):
             if "time" not in header or column not in header:
                 raise UserError(f"{path}: no column {column if 'time' in header else 'time'!r} among {header}; "
                                 "a tab-separated BioVid file is expected")
-            time, values = np.loadtxt(file, delimiter="\t", usecols=[header.index("time"), header.index(column)],
-                                      unpack=True, ndmin=2)
+            time, values = _read_table(file, "\t", [header.index("time"), header.index(column)]).T
     except (UnicodeDecodeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not a table of numbers ({error}); extract it again") from None
     start = np.searchsorted(time, begin * 1e6)
     values = values[start:start + count]
-    if len(values) < count or not np.isfinite(values).all():
-        raise UserError(f"{path}: expected {count} finite values of {column} from {begin:g} s on, "
-                        f"found {np.isfinite(values).sum()}; extract it again or remove the sample")
+    late = len(values) == count and time[start + count - 1] > end * 1e6 + 2e6 / BioVid.RATE  # rows are missing
+    if len(values) < count or late or not np.isfinite(values).all():
+        raise UserError(f"{path}: expected {count} finite values of {column} between {begin:g} and {end:g} s; "
+                        "extract it again or remove the sample")
     return values
+
+
+def _read_table(file, delimiter, columns=None):
+    """The numbers that are left in an open text file, (rows, columns); none of them is for the caller to notice."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "loadtxt: input contained no data")
+        return np.loadtxt(file, delimiter=delimiter, usecols=columns, ndmin=2)
 
 
 def pain_spectrogram(values):
@@ -294,9 +311,11 @@ class Affwild2:
                                f"Train_Set/<video>.txt in it; {hint}")
         if self.faults:
             return
-        self.fps = self._read_fps()
+        self.fps = {}
+        for fault in _faults(self._read_fps):
+            self.faults.append(fault)
         files = {p.stem: (p, split) for split, name in (("train", "Train_Set"), ("test", "Validation_Set"))
-                 for p in sorted((sets[-1] / name).glob("*.txt"))}  # sets[-1]: the later ABAW edition
+                 for p in sorted((sets[-1] / name).glob("[!.]*.txt"))}  # sets[-1]: the later ABAW edition
         self.strays = [f"{p}: crops without an annotation file in {sets[-1]}; not used"
                        for p in sorted(crops.iterdir()) if p.is_dir() and p.name not in files]
         rows, frames = [], []  # (video, split, first frame, images, label) and (labels, row) of each video
@@ -325,12 +344,12 @@ class Affwild2:
         path = self.path / "fps.txt"
         try:
             lines = path.read_text().splitlines() if path.exists() else []
-            rates = {video: float(fps) for video, fps in (line.split() for line in lines if line.strip())}
-            if not all(0 < fps < math.inf for fps in rates.values()):
+            self.fps = {video: float(fps) for video, fps in (line.split() for line in lines if line.strip())}
+            if not all(0 < fps < math.inf for fps in self.fps.values()):
                 raise ValueError
         except ValueError:
+            self.fps = {}
             raise UserError(f"{path}: expected lines '<video> <frames per second>', above 0") from None
-        return rates
 
     def _read_video(self, annotation, crops, privileged):
         """Labels (T, 2) and the sorted numbers of the images there; raises UserError at the first fault."""
@@ -408,7 +427,7 @@ def read_annotation(path):
         with open(path) as file:
             if file.readline().replace(" ", "").strip() != "valence,arousal":
                 raise UserError(f"{path}: its first line should be 'valence,arousal'")
-            label = np.loadtxt(file, delimiter=",", dtype=np.float32, ndmin=2)
+            label = _read_table(file, ",").astype(np.float32)
     except (UnicodeDecodeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -496,7 +515,7 @@ class Faces:
         if not clips:
             raise UserError(f"{folder}: no .jpg in it; expected face crops, named as in {settings['dataset']}")
         self.video, last, self.images = zip(*clips, strict=True)
-        self.video = np.array([str(v.relative_to(self.path)) for v in self.video])
+        self.video = np.array([v.name if v == self.path else str(v.relative_to(self.path)) for v in self.video])
         self.name = [f"{v}/{i:05d}" for v, i in zip(self.video, last, strict=True)]
 
     def visual(self, row):
@@ -511,6 +530,8 @@ class Features:
     `rows["visual"]` and `rows["privileged"]` are the (N * L, D) tensors. Raises UserError for whatever does not fit.
     """
 
+    faults = ()
+
     def __init__(self, path, privileged=True, labelled=True):
         self.path = Path(path)
         want = "expected a features file (.npz) with visual (N, L, Dv), privileged (N, L, Dp) and label"
@@ -520,7 +541,7 @@ class Features:
             with np.load(path, allow_pickle=False) as file:
                 skip = () if privileged else ("privileged",)
                 arrays = {key: file[key] for key in file.files if key not in skip}
-        except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError) as error:
             raise UserError(f"{path}: cannot be read ({error}); {want}") from None
         modalities = ("visual", "privileged") if privileged else ("visual",)
         for key in (*modalities, "label") if labelled else modalities:
@@ -530,10 +551,12 @@ class Features:
         for key in modalities:
             if arrays[key].ndim != 3 or arrays[key].shape[:2] != (count, self.length) or arrays[key].size == 0:
                 raise UserError(f"{path}: {key} is {arrays[key].shape}; {want}")
-            if arrays[key].dtype.kind != "f" or not np.isfinite(arrays[key]).all():
-                bad = "is not floating point" if arrays[key].dtype.kind != "f" else "holds NaN or infinity"
-                raise UserError(f"{path}: {key} {bad}; write finite float32 values")
+            if arrays[key].dtype.kind != "f":
+                raise UserError(f"{path}: {key} is {arrays[key].dtype}; write finite float32 values")
         self.rows = {key: torch.from_numpy(arrays[key]).float().flatten(0, 1) for key in modalities}
+        for key, rows in self.rows.items():
+            if not torch.isfinite(rows).all():
+                raise UserError(f"{path}: {key} holds NaN or infinity; write finite float32 values")
         if labelled:
             self._label(arrays["label"], count)
         for key in ("group", "split", "name", "video"):
@@ -552,7 +575,7 @@ class Features:
             self.split = over_rows("split", None)
         self.backbones = str(arrays.get("backbones", ""))  # which weights stage 2 made the file with
         if labelled and self.task == "regression":
-            if "frame_row" in arrays:
+            if {"frame_row", "frame_label"} <= arrays.keys():  # as stage 2 wrote them
                 self.frame_row, self.frame_label = (torch.from_numpy(arrays[k]) for k in ("frame_row", "frame_label"))
             else:
                 self.frame_row = valid(self.label).nonzero()[:, 0]
@@ -583,8 +606,6 @@ class Features:
 
     def check(self):
         return ()
-
-    faults = ()
 
     def describe(self):
         what = f"{self.outputs} classes" if self.task == "classification" else "valence/arousal"
@@ -752,14 +773,18 @@ def write_affwild2(dataset, root, rng):
             wavfile.write(audio / f"{sound_name(video)}.wav", SOUND_RATE, (sound.clip(-1, 1) * 32767).astype(np.int16))
 
 
-def main():
+def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     job = parser.add_mutually_exclusive_group(required=True)
     job.add_argument("--check", choices=DATASETS, help="count what is at --root and list every fault")
     job.add_argument("--synthetic", choices=DATASETS[:3], help="write a stand-in of this data set to --root")
     parser.add_argument("--root", help="default: data/<data set>, with -synthetic behind it for a stand-in")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse()
     if args.synthetic:
         return write_stand_in(args.synthetic, args.root or f"data/{args.synthetic}-synthetic")
     source = _open(args.check, args.root or f"data/{args.check}", classes=5)
@@ -767,7 +792,8 @@ def main():
     if hasattr(source, "label"):
         print(source.describe())
         faults += source.check()
-    print("\n".join(faults + [f"{len(faults)} faults"]))
+    faults = list(dict.fromkeys(faults))  # a file of many clips is one fault
+    print("\n".join([*faults, f"{len(faults)} faults"]))
     if faults:
         sys.exit(2)
 
@@ -776,8 +802,9 @@ def run(main):
     """Call main; what the user can mend ends in one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except UserError as error:  # a DataLoader worker hands it on behind its traceback, which is not for the user
+        print(f"error: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

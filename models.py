@@ -131,7 +131,7 @@ def load_weights(backbone, state):
     Raises ValueError when nothing fits or a shape disagrees. Classifier weights are what is usually left out.
     """
     own = backbone.state_dict()
-    fits = {key: value for key, value in state.items() if key in own}
+    fits = {key: value for key, value in state.items() if key in own and torch.is_tensor(value)}
     if not fits:
         raise ValueError(f"holds no parameter of {type(backbone).__name__} (first key: {next(iter(state), 'none')!r})")
     for key, value in fits.items():

@@ -126,7 +126,7 @@ def _solve(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
 
     phi, gamma = log_a - log_kernel.amax(-1, keepdim=True), log_b  # f = min_j C_ij, g = 0: no row underflows
     omega, error, sweeps = 1.0, math.inf, 0
-    while error > tol and sweeps < max_iter:
+    while sweeps == 0 or error > tol and sweeps < max_iter:
         sweeps += BLOCK
         plan, u, v = fresh()
         for w in (BLOCK - 1) * [omega] + [1.0]:  # the last is plain: then rows are exact,

@@ -20,7 +20,9 @@ import tempfile
 import time
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from scipy import stats
 from torchvision.utils import save_image
@@ -31,16 +33,16 @@ import models
 import train_teacher
 from data import Samples, UserError
 from pkdot import ANCHORS, cosine_loss, cosine_similarity_matrix, kl_loss, mse_loss, pkdot_loss, rkd_loss, task_loss
-from train_teacher import (DEFAULTS, Parser, VisualOrPrivileged, add_common_flags, append_line, at_least, bar,
-                           choose_device, clip_loader, criterion, fingerprint, gather, keep_progress, load,
-                           part_windows, restore_progress, result_line, run_features, run_folder, save, score,
-                           seed_all, show, snapshot, start_log)
+from train_teacher import (TEACHER_DEFAULTS, Parser, Unimodal, add_common_flags, append_line, at_least, bar,
+                           choose_device, clip_loader, criterion, fingerprint, gather, heading, keep_progress, load,
+                           log_videos, part_windows, restore_progress, result_line, run_features, run_folder,
+                           same_settings, save, score, seed_all, show, snapshot, start_log)
 from train_teacher import make_settings as teacher_settings
 from train_teacher import parse as parse_teacher
 
 METHODS = ("pkdot", "cosine", "mse", "kl", "rkd", "none")
 # Section IV-B unless marked; epsilon in units of the cost 1/2 |x - y|^2. 20 epochs are the release's.
-DEFAULT = {"method": "pkdot", "lambda": 0.4, "k": 30, "epsilon": 0.1, "debias": True, "anchors": "dissimilar",
+DEFAULTS = {"method": "pkdot", "lambda": 0.4, "k": 30, "epsilon": 0.1, "debias": True, "anchors": "dissimilar",
            "batch_size": 128, "lr": 1e-4, "epochs": 20, "finetune": False, "select": "val", "seed": 0, "amp": False}
 STAND_IN_EPOCHS = {"biovid_a": 100, "biovid_b": 100, "affwild2": 50}  # its epochs are of a step or two
 
@@ -59,13 +61,19 @@ def distillation_loss(choice, output_s, z_s, output_t, z_t, k):
 
 
 def distil(teacher_path, choice, args, keep_student=True, watch=None):
-    """Stage 3 of one fold; choice is DEFAULT with what the user changed. Returns the results line that it appends.
+    """Stage 3 of one fold; choice is DEFAULTS with what the user changed. Returns the results line that it appends.
 
     watch(epoch, student), if given, is called before the first epoch and after each.
     """
     begin = time.time()
     state, run, device = load(teacher_path, "teacher"), Path(teacher_path).parent, args.device
-    settings = {**state["settings"], "student": choice, "seed": choice["seed"]}
+    settings = {**state["settings"], "student": identity(choice, state), "seed": choice["seed"]}
+    finished, progress = (run / f"student-{choice['method']}.{end}" for end in ("pt", "progress"))
+    if args.resume and keep_student and finished.exists():
+        done = load(finished, "student")
+        if done["settings"] == settings:
+            print(f"{finished} is finished")
+            return done["record"]
     if choice["method"] == "kl" and settings["task"] == "regression":
         raise UserError("--method kl compares class probabilities, and valence/arousal has none; choose another method")
     features = open_run(run, state)
@@ -85,15 +93,15 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
     student, trained = make_student(state, run, choice, device)
     optimizer = torch.optim.Adam(trained.parameters(), lr=choice["lr"], fused=True)
     frozen = fingerprint(student.tnet.state_dict())
-    faces = open_faces(settings) if choice["finetune"] else None
+    faces = open_faces(settings, args.root) if choice["finetune"] else None
+    videos = Samples(faces, "visual", index, keep) if faces else None
 
     def outputs(windows):  # of the student, by the path it is trained on: video, or cached features
         if faces:
-            loader = clip_loader(Samples(faces, "visual", *windows), torch.arange(len(windows[0])), b, args)
+            loader = clip_loader(Samples(faces, "visual", *windows), b, args)
             return gather(lambda batch: student(batch[0].to(device))[0], loader)
         return gather(lambda rows: student.fuse(visual[rows])[0], windows[0].to(device).split(256))
 
-    progress = run / f"student-{choice['method']}.progress"
     first, best, saved = 0, None, time.time()
     if args.resume and keep_student and progress.exists():
         first, best = restore_progress(progress, settings, trained, optimizer)
@@ -105,14 +113,15 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
         total_gt = total_w = 0.0
         order = torch.randperm(len(index))
         order = order[:len(order) - len(order) % b]  # S wants b rows
-        clips = iter(clip_loader(Samples(faces, "visual", index, keep), order, b, args)) if faces else None
+        clips = iter(clip_loader(videos, b, args, order)) if faces else None
         for batch in order.to(device).split(b):
             with torch.autocast(device.type, torch.bfloat16, enabled=choice["amp"]):
                 if faces:
                     output_s, z_s = student(next(clips)[0].to(device, non_blocking=True))  # (b, L, 3, F, H, W)
                 else:
                     output_s, z_s = student.fuse(visual[rows[batch]])  # (b, L, 512)
-            loss_gt = task_loss(output_s.float(), label[batch])  # Eq. 7 or 8
+            output_s, z_s = output_s.float(), z_s.float()  # the losses are not for bfloat16
+            loss_gt = task_loss(output_s, label[batch])  # Eq. 7 or 8
             loss = loss_gt
             if choice["method"] != "none" and choice["lambda"] > 0:
                 W = distillation_loss(choice, output_s, z_s, output_t[batch], z_t[batch], k)  # Eq. 1-6
@@ -137,13 +146,15 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
     if fingerprint(student.tnet.state_dict()) != frozen:
         raise RuntimeError("the frozen T-Net has changed during distillation")
     trained.load_state_dict(best["model"])
-    scores = score(outputs(test), features, *test)
-    if keep_student:
-        save(run / f"student-{choice['method']}.pt",
-             dict(kind="student", settings=settings, scores=scores, epoch=best["epoch"] + 1, model=snapshot(student)))
-        progress.unlink(missing_ok=True)
-    record = result_line(settings, "student", scores, time.time() - begin, epoch=best["epoch"] + 1,
+    output = outputs(test)
+    scores = score(output, features, *test)
+    record = result_line(settings, "student", scores, time.time() - begin, epoch=best["epoch"] + 1, b=b, k_used=k,
                          **identity(choice, state))
+    if keep_student:
+        log_videos(run, f"student {choice['method']}", output, features, *test)
+        save(finished, dict(kind="student", settings=settings, scores=scores, record=record, model=snapshot(student),
+                            test_groups=np.unique(features.group[part == "test"]).astype(str).tolist()))
+        progress.unlink(missing_ok=True)
     append_line(args.out / "results.jsonl", record)
     return record
 
@@ -162,7 +173,7 @@ def make_student(state, run, choice, device):
     """The student, and the part of it that stage 3 trains; all else is frozen."""
     student = models.student(state["settings"])
     student.tnet.load_state_dict(state["tnet"])
-    stage1 = VisualOrPrivileged(student.backbone, state["settings"])
+    stage1 = Unimodal(student.backbone, state["settings"])
     stage1.load_state_dict(load(run / "visual.pt", "visual")["model"])
     if not state["backbones"].startswith(fingerprint(student.backbone.state_dict())):
         raise UserError(f"{run}: visual.pt was trained again after teacher.pt; "
@@ -205,10 +216,13 @@ def identity(choice, state):
 
 
 def code_digest():
-    """Changes when the method's code does, and not with its comments, docstrings or layout."""
+    """Changes when the method's code does (three files and stage 3), not with its comments, docstrings or layout."""
     digest = hashlib.sha256()
-    for name in ("sinkhorn.py", "pkdot.py", "models.py"):
+    for name in ("sinkhorn.py", "pkdot.py", "models.py", "train_student.py"):
         tree = ast.parse((Path(__file__).parent / name).read_text())
+        if name == "train_student.py":
+            stage_3 = ("distillation_loss", "distil", "teacher_answers", "make_student")
+            tree.body = [node for node in tree.body if getattr(node, "name", None) in stage_3]
         for node in ast.walk(tree):
             if isinstance(getattr(node, "body", None), list):
                 node.body = [n for n in node.body
@@ -218,13 +232,17 @@ def code_digest():
 
 
 def default_epochs(settings):
-    return STAND_IN_EPOCHS[settings["dataset"]] if settings["synthetic"] else DEFAULT["epochs"]
+    return STAND_IN_EPOCHS[settings["dataset"]] if settings["synthetic"] else DEFAULTS["epochs"]
 
 
-def newest_teacher(out):
-    found = sorted(out.glob("*/*/fold*/teacher.pt"), key=lambda p: p.stat().st_mtime)
+def newest_teacher(args):
+    """The newest teacher.pt under --out, of --dataset and --synthetic if they are given."""
+    name = args.dataset + ("-synthetic" if args.synthetic else "") if args.dataset else "*"
+    name = "*-synthetic" if args.synthetic and not args.dataset else name
+    found = sorted(args.out.glob(f"{name}/*/fold*/teacher.pt"), key=lambda p: p.stat().st_mtime)
     if not found:
-        raise UserError(f"{out}: no <dataset>/<classes>/fold<n>/teacher.pt in it; run train_teacher.py first")
+        raise UserError(f"{args.out}: no {name.replace('*', '<dataset>')}/<classes>/fold<n>/teacher.pt in it; "
+                        "run train_teacher.py first")
     return found[-1]
 
 
@@ -232,30 +250,39 @@ def load_student(path, device):
     state = load(path, "student")
     student = models.student(state["settings"])
     student.load_state_dict(state["model"])
-    return student.to(device).eval(), state["settings"]
+    return student.to(device).eval(), state
 
 
 def evaluate(path, args):
     """Test score of a saved student, from the faces alone: no privileged file is opened."""
-    student, settings = load_student(path, args.device)
+    student, state = load_student(path, args.device)
+    settings, groups = state["settings"], state["test_groups"]  # whoever was not in its training, whatever is at root
     source = open_faces(settings, args.root)
-    test = part_windows(source, data.parts(source, settings["fold"]), "test")
-    loader = clip_loader(Samples(source, "visual", *test), torch.arange(len(test[0])), 32, args)
+    missing = sorted(set(groups) - set(source.group.astype(str)))
+    if missing:
+        raise UserError(f"{source.path}: lacks {len(missing)} of the student's {len(groups)} test subjects or videos, "
+                        f"first {missing[0]}; give the --root it was trained on")
+    test = part_windows(source, np.where(np.isin(source.group.astype(str), groups), "test", "train"), "test")
+    loader = clip_loader(Samples(source, "visual", *test), 32, args)
     scores = score(gather(lambda batch: student(batch[0].to(args.device))[0], bar(loader, "evaluate")), source, *test)
-    print(f"{'SYNTHETIC ' * settings['synthetic']}{settings['dataset']} fold {settings['fold']}, test, "
-          f"n = {scores['n']}: student {settings['student']['method']} {show(scores)}")
+    print(f"{heading(settings, settings['fold'])}, n = {scores['n']}: student {settings['student']['method']} "
+          f"{show(scores)}")
 
 
 def predict(folder, path, args):
     """One csv line per sample (class probabilities) or clip (valence, arousal) of unlabelled faces, on stdout."""
-    student, settings = load_student(path, args.device)
+    student, state = load_student(path, args.device)
+    settings = state["settings"]
     if settings["dataset"] == "features":
         source = data.Features(folder, privileged=False, labelled=False)
+        found, wanted = (source.length, source.rows["visual"].shape[1]), (settings["length"], settings["visual_dim"])
+        if found != wanted:
+            raise UserError(f"{folder}: visual is (N, {found[0]}, {found[1]}), the student was trained on "
+                            f"(N, {wanted[0]}, {wanted[1]})")
     else:
         source = data.Faces(folder, settings)
     index, keep = data.windows(source.video, source.length)
-    samples = Samples(source, "visual", index, None)
-    loader = clip_loader(samples, torch.arange(len(index)), 32, args)
+    loader = clip_loader(Samples(source, "visual", index, None), 32, args)
     output = gather(lambda batch: student(batch.to(args.device))[0], bar(loader, "predict"))
     write = csv.writer(sys.stdout, lineterminator="\n").writerow
     if settings["task"] == "regression":
@@ -267,74 +294,88 @@ def predict(folder, path, args):
         names = data.BioVid.levels(settings["outputs"]) if biovid else range(settings["outputs"])
         write(["sample", *(f"p({name})" for name in names)])
         for row, p in zip(index[:, 0].tolist(), output.softmax(1).tolist(), strict=True):
-            write([source.name[row].rpartition("/")[0] or source.name[row], *(f"{value:.4f}" for value in p)])
+            write([source.video[row] if biovid else source.name[row], *(f"{value:.4f}" for value in p)])
 
 
 # --------------------------------------------------------------------------------------------------- tables, figures
 
-# A table is (title, columns, rows). A column is (heading, data set, classes, metric, changes of the choice). A row is
-# (label, what is ours, the paper's numbers as it prints them), where ours is a bound ("visual" or "multimodal"), a
-# student (changes of the choice), or None for what others have published.
+class Column(NamedTuple):
+    heading: str
+    dataset: str
+    classes: int | str  # "va" for valence/arousal
+    metric: str
+    change: dict = {}  # of the student's defaults, for all cells below
+
+
+class Row(NamedTuple):
+    label: str
+    ours: dict | str | None  # a student, by what it changes; a bound, "visual" or "multimodal"; None: others' work
+    paper: tuple = ()  # the numbers as the paper prints them, one a column
+
+
+class Table(NamedTuple):
+    title: str
+    columns: list
+    rows: list
+
 
 TABLE_I = {
     "biovid_a": "BioVid (A): visual (weak, prevalent) + EDA (strong, privileged), feature concatenation, SEW",
     "biovid_b": "BioVid (B): visual (strong, prevalent) + EMG (weak, privileged), multimodal transformer, WES",
     "affwild2": "Affwild2: visual (strong, prevalent) + audio (weak, privileged), joint cross attention, WES",
     "features": "features file: visual (prevalent) + privileged, feature concatenation"}
-BIOVID_B = ("BioVid (B) accuracy", "biovid_b", 2, "accuracy", {})
-VALENCE = ("Affwild2 valence", "affwild2", "va", "valence", {})
-AROUSAL = ("Affwild2 arousal", "affwild2", "va", "arousal", {})
+BIOVID_B = Column("BioVid (B) accuracy", "biovid_b", 2, "accuracy")
+VALENCE = Column("Affwild2 valence", "affwild2", "va", "valence")
+AROUSAL = Column("Affwild2 arousal", "affwild2", "va", "arousal")
 LOWER, STUDENT, UPPER = "Visual only (lower bound)", "Student - PKDOT", "Multimodal (upper bound)"
-DASH = "-"  # not in the paper
 
 TABLES = {
-    "2": ("Table II: privileged KD methods", [BIOVID_B, VALENCE, AROUSAL], [
-        ("Cosine similarity [10]", {"method": "cosine"}, ("75.40", "0.37", "0.53")),
-        ("MSE [8]", {"method": "mse"}, ("N/A", "0.39", "0.53")),
-        ("KL [8]", {"method": "kl"}, ("75.80", "N/A", "N/A")),
-        ("PKDOT", {}, ("78.76", "0.43", "0.56")),
-        ("RKD [31]", {"method": "rkd"}, (DASH, DASH, DASH)),
-        ("none (lambda 0)", {"method": "none"}, (DASH, DASH, DASH))]),
-    "3": ("Table III: visual-only methods, Affwild2 validation set", [VALENCE, AROUSAL], [
-        ("ResNet-50 [44]", None, ("0.31", "0.17")),
-        ("SENet-50 [45]", None, ("0.28", "0.34")),
-        ("MobileNet [46]", None, ("0.28", "0.44")),
-        ("RegNet + GRU [47]", None, ("0.43", "0.57")),
-        ("ResNeXt + SENet [48]", None, ("0.51", "0.48")),
-        (LOWER, "visual", ("0.41", "0.51")),
-        (STUDENT, {}, ("0.43", "0.56")),
-        (UPPER, "multimodal", ("0.67", "0.59"))]),
-    "4": ("Table IV: visual-only methods, BioVid (A)", [
-        ("BL1 vs. PA4 accuracy", "biovid_a", 2, "accuracy", {}),
-        ("5 classes accuracy", "biovid_a", 5, "accuracy", {})], [
-        ("Sparse LSTM [19]", None, ("61.70", "29.70")),
-        ("ViT [18]", None, ("72.11", "NR")),
-        ("FAD + RF [49]", None, ("72.40", "30.80")),
-        ("GNN [50]", None, ("73.20", "NR")),
-        ("ViT [51]", None, ("73.28", "31.52")),
-        ("ResNet-18 [52]", None, ("NR", "36.60")),
-        (LOWER, "visual", ("72.10", "30.38")),
-        (STUDENT, {}, ("74.55", "33.65")),
-        (UPPER, "multimodal", ("83.50", "36.40"))]),
-    "5": ("Table V: visual-only methods, BioVid (B)", [BIOVID_B], [
-        ("Handcrafted + RF [22]", None, ("72.70",)),
-        (LOWER, "visual", ("74.10",)),
-        (STUDENT, {}, ("78.76",)),
-        (UPPER, "multimodal", ("81.30",))]),
-    "choices": ("Choices that the paper leaves open (not in the paper)", [BIOVID_B, VALENCE, AROUSAL], [
-        (label, change, (DASH, DASH, DASH)) for label, change in [
-            ("PKDOT", {}),
-            ("anchors: most similar", {"anchors": "similar"}),
-            ("anchors: random", {"anchors": "random"}),
-            ("not debiased (Eq. 5)", {"debias": False}),
-            *((f"lambda {x:g}", {"lambda": x}) for x in (0.0, 0.1, 1.0, 4.0, 10.0)),
-            ("the release's settings", {"epsilon": 0.01, "lambda": 0.6, "select": "test"})]])}
+    "2": Table("Table II: privileged KD methods", [BIOVID_B, VALENCE, AROUSAL], [
+        Row("Cosine similarity [10]", {"method": "cosine"}, ("75.40", "0.37", "0.53")),
+        Row("MSE [8]", {"method": "mse"}, ("N/A", "0.39", "0.53")),
+        Row("KL [8]", {"method": "kl"}, ("75.80", "N/A", "N/A")),
+        Row("PKDOT", {}, ("78.76", "0.43", "0.56")),
+        Row("RKD [31]", {"method": "rkd"}),
+        Row("none (lambda 0)", {"method": "none"})]),
+    "3": Table("Table III: visual-only methods, Affwild2 validation set", [VALENCE, AROUSAL], [
+        Row("ResNet-50 [44]", None, ("0.31", "0.17")),
+        Row("SENet-50 [45]", None, ("0.28", "0.34")),
+        Row("MobileNet [46]", None, ("0.28", "0.44")),
+        Row("RegNet + GRU [47]", None, ("0.43", "0.57")),
+        Row("ResNeXt + SENet [48]", None, ("0.51", "0.48")),
+        Row(LOWER, "visual", ("0.41", "0.51")),
+        Row(STUDENT, {}, ("0.43", "0.56")),
+        Row(UPPER, "multimodal", ("0.67", "0.59"))]),
+    "4": Table("Table IV: visual-only methods, BioVid (A)", [
+        Column("BL1 vs. PA4 accuracy", "biovid_a", 2, "accuracy"),
+        Column("5 classes accuracy", "biovid_a", 5, "accuracy")], [
+        Row("Sparse LSTM [19]", None, ("61.70", "29.70")),
+        Row("ViT [18]", None, ("72.11", "NR")),
+        Row("FAD + RF [49]", None, ("72.40", "30.80")),
+        Row("GNN [50]", None, ("73.20", "NR")),
+        Row("ViT [51]", None, ("73.28", "31.52")),
+        Row("ResNet-18 [52]", None, ("NR", "36.60")),
+        Row(LOWER, "visual", ("72.10", "30.38")),
+        Row(STUDENT, {}, ("74.55", "33.65")),
+        Row(UPPER, "multimodal", ("83.50", "36.40"))]),
+    "5": Table("Table V: visual-only methods, BioVid (B)", [BIOVID_B], [
+        Row("Handcrafted + RF [22]", None, ("72.70",)),
+        Row(LOWER, "visual", ("74.10",)),
+        Row(STUDENT, {}, ("78.76",)),
+        Row(UPPER, "multimodal", ("81.30",))]),
+    "choices": Table("Choices that the paper leaves open (not in the paper)", [BIOVID_B, VALENCE, AROUSAL], [
+        Row("PKDOT", {}),
+        Row("anchors: most similar", {"anchors": "similar"}),
+        Row("anchors: random", {"anchors": "random"}),
+        Row("not debiased (Eq. 5)", {"debias": False}),
+        *(Row(f"lambda {x:g}", {"lambda": x}) for x in (0.0, 0.1, 1.0, 4.0, 10.0)),
+        Row("the release's, epoch chosen on test", {"epsilon": 0.01, "lambda": 0.6, "select": "test"})])}
 FIGURES = {
-    "6": ("Figure 6: batch size and number of anchors", [
-        (f"k = {k}", "biovid_b", 2, "accuracy", {"k": k}) for k in (5, 15, 30)], [
-        (f"batch size {b}", {"batch_size": b}, (DASH,) * 3) for b in (32, 64, 128, 256)]),
-    "7": ("Figure 7: epsilon", [BIOVID_B, VALENCE, AROUSAL], [
-        (f"epsilon {e:g}", {"epsilon": e}, (DASH,) * 3) for e in (0.001, 0.01, 0.1, 1, 10)])}
+    "6": Table("Figure 6: batch size and number of anchors", [
+        Column(f"k = {k}, BioVid (B) accuracy", "biovid_b", 2, "accuracy", {"k": k}) for k in (5, 15, 30)], [
+        Row(f"batch size {b}", {"batch_size": b}) for b in (32, 64, 128, 256)]),
+    "7": Table("Figure 7: epsilon", [BIOVID_B, VALENCE, AROUSAL], [
+        Row(f"epsilon {e:g}", {"epsilon": e}) for e in (0.001, 0.01, 0.1, 1.0, 10.0)])}
 
 
 def read_results(path):
@@ -350,18 +391,15 @@ def read_results(path):
 
 def values(records, column, row, base):
     """{(fold, seed): metric} of one cell; of equal runs the last. A bound has one run a fold, which all seeds share."""
-    _, dataset, classes, metric, column_change = column
-    change = row[1]
-    if isinstance(change, str):
-        want, found = {"role": change}, {}
-    else:
-        want, found = {"role": "student", **base, **change, **column_change}, {}
-        want = {key: value for key, value in want.items() if key != "seed" and value is not None}
-    want.update(dataset=dataset, classes=classes)
-    for record in records:
-        if metric in record and all(record.get(key) == value for key, value in want.items()):
-            found[record["fold"], record["seed"]] = record[metric]
-    return found
+    if row.ours is None:
+        return {}
+    want = {"role": row.ours}
+    if isinstance(row.ours, dict):
+        want = {"role": "student", **base, **row.ours, **column.change}
+    want = {key: value for key, value in want.items() if key != "seed" and value is not None}
+    want.update(dataset=column.dataset, classes=column.classes)
+    return {(record["fold"], record["seed"]): record[column.metric] for record in records
+            if column.metric in record and all(record.get(key) == value for key, value in want.items())}
 
 
 def interval(ours, theirs):
@@ -382,145 +420,169 @@ def interval(ours, theirs):
 
 
 def undefined(column, row):
-    return column[3] != "accuracy" and isinstance(row[1], dict) and row[1].get("method") == "kl"
+    return column.metric != "accuracy" and isinstance(row.ours, dict) and row.ours.get("method") == "kl"
+
+
+def number(value, column, sign=""):
+    return f"{value:{sign}.{2 if column.metric == 'accuracy' else 3}f}"
+
+
+def format_cell(column, row, found):
+    """Ours, as mean +- standard deviation over folds and seeds, and the number of runs."""
+    if row.ours is None:
+        return ""
+    if undefined(column, row):
+        return "n/a"
+    if not found:
+        return "not run"
+    runs = list(found.values())
+    spread = f" ± {number(statistics.stdev(runs), column)}" if len(runs) > 1 else ""
+    return f"{number(statistics.mean(runs), column)}{spread} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
+
+
+def format_gap(column, reference, row, ours, theirs):
+    """The paired difference of the reference (PKDOT as in the paper) and another row, and whether it is noise."""
+    text = f"{reference.label} minus {row.label}, {column.heading}: "
+    gap = interval(ours, theirs)
+    if gap is None:
+        return text + "one pair, no interval"
+    mean, low, high = (number(value, column, "+") for value in gap)
+    return text + f"{mean}, 95 % interval [{low}, {high}]" + (", inside the noise" if gap[1] <= 0 <= gap[2] else "")
 
 
 def format_table(table, records, base, synthetic):
-    """The printed table: for each column the paper's number, ours as mean +- std (runs), then paired differences."""
+    """The table as printed: for each column the paper's number and ours, then the paired differences."""
     title, columns, rows = table
     lines = [("SYNTHETIC DATA - " if synthetic else "") + title]
-    lines += [TABLE_I[dataset] for dataset in dict.fromkeys(column[1] for column in columns)]
-    changed = [f"{key} {value}" for key, value in base.items() if value not in (None, DEFAULT[key]) and key != "seed"]
-    lines += [f"with {', '.join(changed)}"] * bool(changed)
-    published = any(p != DASH for row in rows for p in row[2])
-    grid = [["", *(f"{c[0]}: paper | ours" if published else c[0] for c in columns)]]
-    found = {(i, j): values(records, column, row, base)
-             for i, row in enumerate(rows) for j, column in enumerate(columns)}
-    for i, row in enumerate(rows):
-        cells = [row[0]]
-        for j, column in enumerate(columns):
-            digits, v = 2 if column[3] == "accuracy" else 3, list(found[i, j].values())
-            if undefined(column, row):
-                ours = "n/a"
-            elif row[1] is None:
-                ours = ""
-            elif not v:
-                ours = "not run"
-            else:
-                spread = f" ± {statistics.stdev(v):.{digits}f}" if len(v) > 1 else ""
-                ours = f"{statistics.mean(v):.{digits}f}{spread} ({len(v)} run{'s' * (len(v) > 1)})"
-            cells.append(f"{row[2][j]:>5} | {ours}" if published else ours)
-        grid.append(cells)
+    lines += [TABLE_I[dataset] for dataset in dict.fromkeys(column.dataset for column in columns)]
+    changed = [f"{key} {value}" for key, value in base.items() if value not in (None, DEFAULTS[key]) and key != "seed"]
+    if changed:
+        lines.append(f"with {', '.join(changed)}")
+    published = any(row.paper for row in rows)
+    grid = [["", *(f"{column.heading}: paper | ours" if published else column.heading for column in columns)]]
+    found = [[values(records, column, row, base) for column in columns] for row in rows]
+    for row, cells in zip(rows, found, strict=True):
+        ours = [format_cell(column, row, cell) for column, cell in zip(columns, cells, strict=True)]
+        paper = row.paper or ["-"] * len(columns)
+        grid.append([row.label, *(f"{p:>5} | {o}" if published else o for p, o in zip(paper, ours, strict=True))])
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     lines += ["  ".join(c.ljust(width) for c, width in zip(cells, widths, strict=True)).rstrip() for cells in grid]
-    reference = next((i for i, row in enumerate(rows) if row[1] == {}), None)
-    for j, column in enumerate(columns):
-        for i, row in enumerate(rows):
-            if reference is None or i == reference or not (found[i, j] and found[reference, j]):
-                continue
-            gap = interval(found[reference, j], found[i, j])
-            text = f"{rows[reference][0]} minus {row[0]}, {column[0]}: "
-            digits = 2 if column[3] == "accuracy" else 3
-            lines.append(text + ("one pair, no interval" if gap is None else
-                         f"{gap[0]:+.{digits}f}, 95 % interval [{gap[1]:+.{digits}f}, {gap[2]:+.{digits}f}]"
-                         + (", inside the noise" if gap[1] <= 0 <= gap[2] else "")))
+    for size, b in sorted({(r["batch_size"], r["b"]) for r in records if r.get("b", 1e9) < r.get("batch_size", 0)}):
+        lines.append(f"where fewer than {size} training samples are there, batch size {size} is b = {b}")
+    if {} in [row.ours for row in rows]:
+        first = [row.ours for row in rows].index({})
+        lines += [format_gap(column, rows[first], row, found[first][j], cells[j])
+                  for j, column in enumerate(columns) for row, cells in zip(rows, found, strict=True)
+                  if row is not rows[first] and cells[j] and found[first][j]]
     return "\n".join(lines)
 
 
 def run_missing(table, base, args):
     """Train what the table lacks, teachers included; returns the results that may stand in it."""
-    results, usable = args.out / "results.jsonl", []
-    for dataset, classes in dict.fromkeys(column[1:3] for column in table[1]):
+    usable, problems = [], []
+    for dataset, classes in dict.fromkeys((column.dataset, column.classes) for column in table.columns):
         try:
             teachers = ensure_teachers(dataset, classes, args)
         except UserError as error:
-            print(f"{dataset} not run: {error}", file=sys.stderr)
+            problems.append(f"{dataset} not run: {error}")
             continue
         epochs = base["epochs"] or default_epochs(teachers[0][1]["settings"])
-        choices = [{**base, **row[1], **column[4], "epochs": epochs} for row in table[2] for column in table[1]
-                   if column[1] == dataset and isinstance(row[1], dict) and not undefined(column, row)]
+        choices = [{**base, **row.ours, **column.change, "epochs": epochs} for row in table.rows
+                   for column in table.columns
+                   if column.dataset == dataset and isinstance(row.ours, dict) and not undefined(column, row)]
+        choices = [json.loads(choice) for choice in dict.fromkeys(map(json.dumps, choices))]  # two metrics, one run
         for path, state in teachers:
             settings = state["settings"]
-            place = {k: settings[k] for k in ("dataset", "synthetic", "fold")}
             usable += [result_line(settings, role, scores, 0) for role, scores in state["scores"].items()]
-            records = [] if args.fresh else read_results(results)
-            for choice, seed in dict.fromkeys((json.dumps(c), s) for c, s in product(choices, range(args.seeds))):
-                choice = {**json.loads(choice), "seed": args.seed + seed}
-                want = {**place, "role": "student", **identity(choice, state)}
+            records = [] if args.fresh else read_results(args.out / "results.jsonl")
+            for choice, seed in product(choices, range(args.seed, args.seed + args.seeds)):
+                choice = {**choice, "seed": seed}
+                want = {**{k: settings[k] for k in ("dataset", "synthetic", "fold")}, "role": "student",
+                        **identity(choice, state)}
                 done = [r for r in records if all(r.get(k) == v for k, v in want.items())]
-                if not done:
-                    done = [distil(path, choice, args, keep_student=False)]
-                    records += done
-                usable.append(done[-1])
+                usable.append(done[-1] if done else distil(path, choice, args, keep_student=False))
+    if not usable:
+        raise UserError("; ".join(problems))
+    print("\n".join(problems), file=sys.stderr, end="\n" if problems else "")
     return usable
 
 
 def ensure_teachers(dataset, classes, args):
     """(path, state) of each fold's teacher for a table; what is missing is trained with train_teacher.py's defaults."""
     flags = ["--dataset", dataset, "--fold", "all", "--out", str(args.out), "--workers", str(args.workers), "--resume"]
-    flags += ["--synthetic"] * args.synthetic + (["--root", args.root] if args.root else [])
+    flags += ["--synthetic"] * args.synthetic + ["--amp"] * args.amp
+    flags += ["--root", args.root] if args.root else []
     flags += ["--classes", str(classes)] if dataset.startswith("biovid") else []
     teacher_args = parse_teacher(flags)
     teacher_args.device = args.device
     settings, folds = teacher_settings(teacher_args)
     found = []
     for fold in folds:
-        path = run_folder({**settings, "fold": fold}, args.out) / "teacher.pt"
+        fold_settings = {**settings, "fold": fold}
+        path = run_folder(fold_settings, args.out) / "teacher.pt"
         if not path.exists():
-            train_teacher.train_teacher({**settings, "fold": fold}, teacher_args)
+            train_teacher.train_teacher(fold_settings, teacher_args)
         state = load(path, "teacher")
-        if state["settings"]["root"] != settings["root"]:
-            raise UserError(f"{path} was trained on {state['settings']['root']}, not {settings['root']}; "
-                            "give another --out")
+        same_settings(state, fold_settings, path)
         found.append((path, state))
     return found
 
 
-def for_features(table, args):
+def for_features(table, path):
     """A table's comparison on a features file: the same rows, the file's own metric, no number of the paper's."""
-    source = data.Features(args.root)
+    source = data.Features(path)
     metrics = ["accuracy"] if source.task == "classification" else ["valence", "arousal"]
     classes = source.outputs if source.task == "classification" else "va"
-    columns = [(f"{Path(args.root).stem} {metric}", "features", classes, metric, {}) for metric in metrics]
-    return table[0], columns, [(label, change, (DASH,) * 2) for label, change, _ in table[2] if change is not None]
+    changes = [c.change for c in table.columns if c.dataset == table.columns[0].dataset and c.metric == "accuracy"]
+    columns = [Column(", ".join([*(f"{k} = {v}" for k, v in change.items()), f"{Path(path).stem} {metric}"]),
+                      "features", classes, metric, change) for metric in metrics for change in changes or [{}]]
+    return Table(table.title, columns, [Row(row.label, row.ours) for row in table.rows if row.ours is not None])
 
 
 def print_table(name, base, args):
     table = {**TABLES, **FIGURES}[name]
     if args.dataset == "features":
-        table = for_features(table, args)
+        table = for_features(table, args.root)
     elif args.dataset:
-        keep = [j for j, column in enumerate(table[1]) if column[1] == args.dataset]
-        table = table[0], [table[1][j] for j in keep], [(*row[:2], [row[2][j] for j in keep]) for row in table[2]]
-    start = time.time()
+        keep = [j for j, column in enumerate(table.columns) if column.dataset == args.dataset]
+        rows = [Row(row.label, row.ours, tuple(row.paper[j] for j in keep if row.paper)) for row in table.rows]
+        table = Table(table.title, [table.columns[j] for j in keep], rows)
+    if not table.columns:
+        raise UserError(f"--dataset {args.dataset}: {table.title} has no column of it")
+    if args.root and len({column.dataset for column in table.columns}) > 1:
+        raise UserError(f"--root {args.root}: {table.title} is of several data sets; say which one with --dataset")
+    begin = time.time()
     records = run_missing(table, base, args)
     print(format_table(table, records, base, any(r["synthetic"] for r in records)))
-    print(f"{time.time() - start:.0f} s on {args.device}, torch {torch.__version__}")
+    print(f"{time.time() - begin:.0f} s on {args.device}, torch {torch.__version__}")
     return table, records
 
 
 def draw_figure(name, base, args):
     """Figures 6 and 7: the grid on the screen and as csv, and as png if matplotlib is installed."""
     (title, columns, rows), records = print_table(name, base, args)
-    means = [[statistics.mean(v) if (v := list(values(records, c, row, base).values())) else None for c in columns]
+    synthetic = any(r["synthetic"] for r in records)
+    means = [[statistics.mean(v) if (v := values(records, column, row, base).values()) else None for column in columns]
              for row in rows]
-    path = args.out / f"figure{name}.csv"
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerow(["", *(c[0] for c in columns)])
-        csv.writer(file).writerows([row[0], *mean] for row, mean in zip(rows, means, strict=True))
-    print(path)
+    path = args.out / "-".join([f"figure{name}", *([args.dataset] if args.dataset else []), *["synthetic"] * synthetic])
+    with open(path.with_suffix(".csv"), "w", newline="") as file:
+        csv.writer(file).writerow(["SYNTHETIC" if synthetic else "", *(column.heading for column in columns)])
+        csv.writer(file).writerows([row.label, *mean] for row, mean in zip(rows, means, strict=True))
+    print(path.with_suffix(".csv"))
     try:
         from matplotlib import pyplot
     except ImportError:
-        return print("matplotlib is not installed: no png")
-    figure, axes = pyplot.subplots(1, 2 if name == "7" else 1, squeeze=False)
+        print("matplotlib is not installed: no png")
+        return
+    metrics = list(dict.fromkeys("accuracy (%)" if c.metric == "accuracy" else "CCC" for c in columns))
+    figure, axes = pyplot.subplots(1, len(metrics), squeeze=False, figsize=(5 * len(metrics), 4), layout="constrained")
     for column, series in zip(columns, zip(*means, strict=True), strict=True):
-        axis = axes[0, -1 if column[3] != "accuracy" else 0]
-        axis.plot([row[0].split()[-1] for row in rows], series, marker="o", label=column[0])
-        axis.set_ylabel("accuracy (%)" if column[3] == "accuracy" else "CCC")
+        axis = axes[0, metrics.index("accuracy (%)" if column.metric == "accuracy" else "CCC")]
+        axis.plot([row.label.split()[-1] for row in rows], series, marker="o", label=column.heading)
+        axis.set_xlabel(rows[0].label.rpartition(" ")[0])
+        axis.set_ylabel("accuracy (%)" if column.metric == "accuracy" else "CCC")
         axis.legend()
-    synthetic = any(r["synthetic"] for r in records)
-    figure.suptitle("SYNTHETIC DATA - " * synthetic + title)
+    figure.suptitle(("SYNTHETIC DATA - " if synthetic else "") + title)
     figure.savefig(path.with_suffix(".png"))
     print(path.with_suffix(".png"))
 
@@ -570,7 +632,7 @@ def benchmark(args):
         return statistics.median(times[2:])
 
     torch.manual_seed(0)
-    settings = {**DEFAULTS["biovid_b"], "dataset": "biovid_b", "task": "classification", "outputs": 2}
+    settings = {**TEACHER_DEFAULTS["biovid_b"], "dataset": "biovid_b", "task": "classification", "outputs": 2}
     student = models.student(settings).to(device)
     visual = torch.randn(rows, 1, models.D, device=device)
     label, z_t = torch.randint(2, (rows,), device=device), torch.randn(rows, models.D, device=device)
@@ -636,7 +698,7 @@ def parse(argv=None):
     job.add_argument("--figure", choices=("5", *FIGURES), help="the paper's figure, likewise")
     job.add_argument("--benchmark", action="store_true", help="time a distillation step, an epoch and the extraction")
     parser.add_argument("--student", type=Path, metavar="STUDENT.pt", help="for --predict")
-    parser.add_argument("--dataset", choices=data.DATASETS, help="tables and figures: this data set alone")
+    parser.add_argument("--dataset", choices=data.DATASETS, help="the newest teacher's; of a table its columns")
     parser.add_argument("--seeds", type=at_least(1), default=1, help="tables and figures: students a fold; default 1")
     parser.add_argument("--fresh", action="store_true", help="tables and figures: train the students again")
     return parser.parse_args(argv)
@@ -656,24 +718,29 @@ def main():
         return predict(args.predict, args.student, args)
     if args.benchmark:
         return benchmark(args)
-    choice = {key: getattr(args, key) for key in DEFAULT}
+    choice = {key: getattr(args, key) for key in DEFAULTS}
     if args.table or args.figure:
+        if args.method != "pkdot" or args.fold or args.teacher:
+            raise UserError("--table and --figure choose methods, folds and teachers: "
+                            "leave --method, --fold and --teacher out")
         if args.dataset == "features" and not args.root:
             raise UserError("--dataset features needs --root FILE.npz")
         if args.figure == "5":
             return figure_5(choice, args)
         return draw_figure(args.figure, choice, args) if args.figure else print_table(args.table, choice, args)
-    teacher = args.teacher or newest_teacher(args.out)
-    folds = range(1, 6) if args.fold == "all" else [args.fold] if args.fold else []
-    for path in [teacher.parent.parent / f"fold{fold}" / "teacher.pt" for fold in folds] or [teacher]:
+    teacher = args.teacher or newest_teacher(args)
+    if args.fold:
+        siblings = sorted(teacher.parent.parent.glob("fold*/teacher.pt"))
+        one = teacher.parent.parent / f"fold{args.fold}" / "teacher.pt"
+    for path in [teacher] if not args.fold else siblings if args.fold == "all" else [one]:
         state = load(path, "teacher")
         settings, scores = state["settings"], state["scores"]
         choice["epochs"] = args.epochs or default_epochs(settings)
-        start_log(path.parent)
+        start_log(path.parent, settings)
         print(f"{path}, test: visual only {show(scores['visual'])}, teacher {show(scores['multimodal'])}")
         record = distil(path, choice, args)
-        print(f"{'SYNTHETIC ' * settings['synthetic']}{settings['dataset']} fold {settings['fold']}, test, n = "
-              f"{record['n_test']}: visual only (lower bound) {show(scores['visual'])} | student, {choice['method']} "
+        print(f"{heading(settings, settings['fold'])}, n = {record['n_test']}: visual only (lower bound) "
+              f"{show(scores['visual'])} | student, {choice['method']} "
               f"{show(record)} | multimodal (upper bound) {show(scores['multimodal'])}")
 
 

@@ -96,7 +96,7 @@ def load(path, kind):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError, IndexError):
         raise UserError(f"{path}: not a checkpoint that can be loaded safely; train it again") from None
-    if not isinstance(state, dict) or state.get("kind") != kind:
+    if not isinstance(state, dict) or state.get("kind") != kind or "settings" not in state:
         raise UserError(f"{path}: not a {kind} checkpoint of these scripts; give another file or train it again")
     return state
 
@@ -109,10 +109,11 @@ def append_line(path, record):
         file.write(b"\n" * bool(torn) + json.dumps(record).encode() + b"\n")
 
 
-def start_log(run):
+def start_log(run, settings):
     """The first line of a command's log: the command, and what it ran with."""
-    append_line(run / "log.jsonl", {"command": " ".join(sys.argv), "python": sys.version.split()[0],
-                                    "torch": torch.__version__, "torchvision": torchvision.__version__,
+    append_line(run / "log.jsonl", {"command": " ".join(sys.argv), "synthetic": settings["synthetic"],
+                                    "python": sys.version.split()[0],
+                                    "torch": str(torch.__version__), "torchvision": torchvision.__version__,
                                     "numpy": np.__version__, "date": time.strftime("%Y-%m-%d %H:%M:%S")})
 
 
@@ -130,11 +131,11 @@ def run_folder(settings, out):
     return out / name / kind / f"fold{settings['fold']}"
 
 
-def clip_loader(samples, order, batch_size, args, drop_last=False):
-    """Batches of samples in the given order; decoding happens in worker processes."""
+def clip_loader(samples, batch_size, args, order=None):
+    """Batches of samples, in their own order or the one given; decoding happens in worker processes."""
     workers = args.workers if not isinstance(getattr(samples.read, "__self__", None), data.Features) else 0
-    return DataLoader(Subset(samples, order.tolist()), batch_size, drop_last=drop_last, num_workers=workers,
-                      pin_memory=args.device.type == "cuda")
+    samples = samples if order is None else Subset(samples, order.tolist())
+    return DataLoader(samples, batch_size, num_workers=workers, pin_memory=args.device.type == "cuda")
 
 
 def bar(batches, text):
@@ -142,13 +143,14 @@ def bar(batches, text):
 
 
 def part_windows(source, part, name, dense=False):
-    """index, keep of the windows in a part; for training (dense or tiling) only those that have a label at all."""
+    """index, keep of the windows in a part; for training only those that have a label at all."""
     index, keep = windows(source.video, source.length, dense)
     label = data.sample_labels(source.label, index, keep)
     use = torch.from_numpy(part[index[:, 0].numpy()] == name)
-    if name == "train" and label.is_floating_point():
-        use &= valid(label).any(1)
-    if not use.any():
+    labelled = valid(label).any(1) if label.is_floating_point() else use
+    if name == "train":
+        use &= labelled
+    if not (use & labelled).any():
         raise UserError(f"{source.path}: no sample with a label in the {name} part of this fold")
     return index[use], keep[use]
 
@@ -161,16 +163,40 @@ def score(output, source, index, keep):
     if source.task == "classification":
         right = output.argmax(1).cpu() == source.label[index[:, 0]]
         return {"accuracy": 100 * right.double().mean().item(), "n": len(right)}
+    x, y, _ = frame_predictions(output, source, index, keep)
+    return {"valence": ccc(x[:, 0], y[:, 0]).item(), "arousal": ccc(x[:, 1], y[:, 1]).item(), "n": len(x)}
+
+
+def frame_predictions(output, source, index, keep):
+    """Prediction (T, 2), label (T, 2) and row (T,) of each valid frame of the windows, in float64."""
     prediction = torch.full((len(source.label), 2), float("nan"), dtype=torch.float64)
     prediction[index[keep]] = output.double().cpu()[keep]
-    frames = torch.isin(source.frame_row, index[keep])
-    x, y = prediction[source.frame_row[frames]], source.frame_label[frames].double()
-    return {"valence": ccc(x[:, 0], y[:, 0]).item(), "arousal": ccc(x[:, 1], y[:, 1]).item(), "n": int(frames.sum())}
+    frames = ~prediction.isnan().any(1)[source.frame_row]
+    row = source.frame_row[frames]
+    return prediction[row], source.frame_label[frames].double(), row
+
+
+def score_videos(output, source, index, keep):
+    """{video: its own CCC of valence and arousal, and its valid frames}."""
+    x, y, row = frame_predictions(output, source, index, keep)
+    video = source.video[row.numpy()]
+    return {str(v): {"valence": ccc(x[mask, 0], y[mask, 0]).item(), "arousal": ccc(x[mask, 1], y[mask, 1]).item(),
+                     "n": int(mask.sum())} for v in np.unique(video) for mask in [torch.from_numpy(video == v)]}
 
 
 def criterion(scores):
     """What the best epoch is chosen by: accuracy, or the mean of the two CCCs."""
     return scores["accuracy"] if "accuracy" in scores else (scores["valence"] + scores["arousal"]) / 2
+
+
+def log_videos(run, role, output, source, index, keep):
+    """The per-video table of valence/arousal, into log.jsonl."""
+    if source.task == "regression":
+        append_line(run / "log.jsonl", {"test_videos_of": role, "videos": score_videos(output, source, index, keep)})
+
+
+def heading(settings, fold):
+    return ("SYNTHETIC " if settings["synthetic"] else "") + f"{settings['dataset']} fold {fold}, test"
 
 
 def show(scores):
@@ -211,26 +237,24 @@ def same_settings(state, settings, path):
     for key in settings.keys() | state["settings"].keys():
         old, new = state["settings"].get(key), settings.get(key)
         if old != new:
-            raise UserError(f"--resume: {path} was trained with {key} {old}, not {new}; use the same flags, "
-                            "or leave --resume out to train again")
+            raise UserError(f"{path} was trained with {key} {old}, not {new}; use the same flags, give another --out, "
+                            "or train again without --resume")
 
 
 # ---------------------------------------------------------------------------------------------------- the two stages
 
-DEFAULTS = {  # Table I and section IV-B; batch size and learning rate are the backbones'
+TEACHER_DEFAULTS = {  # Table I and section IV-B; batch size and learning rate are the backbones'
     "biovid_a": dict(fusion="concat", visual_backbone="r3d18", clips=1, batch_size=64, lr=1e-3, fusion_lr=1e-4),
     "biovid_b": dict(fusion="mmt", visual_backbone="r3d18", clips=1, batch_size=64, lr=1e-3, fusion_lr=1e-4),
     "affwild2": dict(fusion="jca", visual_backbone="i3d", clips=8, batch_size=8, lr=1e-3, fusion_lr=1e-3),
-    "features": dict(fusion="concat", visual_backbone="r3d18", clips=None, batch_size=64, lr=1e-3, fusion_lr=1e-4),
-}
-for _settings in DEFAULTS.values():  # not stated in the paper, but for the image size
-    _settings.update(classes=2, backbone_epochs=30, fusion_epochs=50, image_size=112)
+    "features": dict(fusion="concat", visual_backbone="r3d18", clips=None, batch_size=64, lr=1e-3, fusion_lr=1e-4)}
+COMMON = dict(classes=2, image_size=112, backbone_epochs=30, fusion_epochs=50)  # the epochs are not in the paper
 STAND_IN = {  # few samples and a CPU: smaller images, smaller batches, more passes over less
     "biovid": dict(image_size=32, batch_size=16, backbone_epochs=8, fusion_epochs=400),
     "affwild2": dict(image_size=48, batch_size=4, lr=1e-4, backbone_epochs=10, fusion_epochs=20)}
 
 
-class VisualOrPrivileged(nn.Module):
+class Unimodal(nn.Module):
     """Stage 1's model: a backbone and its own linear head."""
 
     def __init__(self, backbone, settings):
@@ -250,7 +274,7 @@ def train_backbone(modality, source, part, settings, args, run):
     path, progress = run / f"{modality}.pt", run / f"{modality}.progress"
     seed_all(settings["seed"], ["visual", "privileged"].index(modality))
     backbone = (models.visual_backbone if modality == "visual" else models.privileged_backbone)(settings)
-    model = VisualOrPrivileged(backbone, settings)
+    model = Unimodal(backbone, settings)
     if args.resume and path.exists():
         state = load(path, modality)
         same_settings(state, settings, path)
@@ -260,7 +284,7 @@ def train_backbone(modality, source, part, settings, args, run):
     if modality == "visual" and settings["weights"]:
         load_public_weights(backbone, settings["weights"])
     if isinstance(backbone, (models.FeatureMLP, models.SpectrogramResNet18)):
-        backbone.standardise(*statistics(clip_loader(train, torch.arange(len(train)), 64, args)))
+        backbone.standardise(*statistics(clip_loader(train, 64, args)))
     model.to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings["lr"], fused=True)
     first, best = 0, None
@@ -269,7 +293,8 @@ def train_backbone(modality, source, part, settings, args, run):
 
     def forward(batch):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            return model(batch[0].to(args.device, non_blocking=True))
+            output = model(batch[0].to(args.device, non_blocking=True))
+        return output.float()
 
     saved = time.time()
     for epoch in range(first, settings["backbone_epochs"]):
@@ -277,7 +302,7 @@ def train_backbone(modality, source, part, settings, args, run):
         seed_all(settings["seed"], epoch)
         model.train()
         total = 0.0
-        loader = clip_loader(train, torch.randperm(len(train)), settings["batch_size"], args)
+        loader = clip_loader(train, settings["batch_size"], args, torch.randperm(len(train)))
         for batch in bar(loader, f"{modality} {epoch + 1}/{settings['backbone_epochs']}"):
             output = forward(batch)
             loss = task_loss(output, batch[1].to(args.device, non_blocking=True))  # Eq. 7 or 8
@@ -286,8 +311,7 @@ def train_backbone(modality, source, part, settings, args, run):
             optimizer.step()
             total += loss.detach()
         model.eval()
-        val_order = torch.arange(len(val))
-        scores = score(gather(forward, clip_loader(val, val_order, settings["batch_size"], args)), source, *val.windows)
+        scores = score(gather(forward, clip_loader(val, settings["batch_size"], args)), source, *val.windows)
         if best is None or criterion(scores) > best["score"]:  # the epoch is chosen on the held-out training groups
             best = dict(score=criterion(scores), epoch=epoch, model=snapshot(model))
         if time.time() - saved > SAVE_EVERY:
@@ -308,7 +332,10 @@ def load_public_weights(backbone, weights):
     if weights == "pretrained":
         if not isinstance(backbone, models.R3D18):
             raise UserError("--pretrained is for r3d18 alone; give i3d a file with --visual-weights")
-        state = torchvision.models.video.R3D_18_Weights.KINETICS400_V1.get_state_dict(progress=True)
+        try:
+            state = torchvision.models.video.R3D_18_Weights.KINETICS400_V1.get_state_dict(progress=True)
+        except OSError as error:
+            raise UserError(f"--pretrained: the download failed ({error}); give a file with --visual-weights") from None
     else:
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
@@ -330,8 +357,9 @@ def statistics(loader):
         axes = (0, 1) if clips.ndim == 3 else tuple(range(clips.ndim))
         total, squares = total + clips.double().sum(axes), squares + clips.double().square().sum(axes)
         count += clips.numel() / total.numel()
-    mean = total / count
-    return mean, (squares / count - mean**2).clamp_min(0).sqrt()
+    mean, square = total / count, squares / count
+    variance = square - mean**2
+    return mean, variance.where(variance > 1e-12 * square, 0).sqrt()  # a constant's rest is rounding, not variance
 
 
 def extract_features(backbones, source, settings, args, path):
@@ -346,7 +374,7 @@ def extract_features(backbones, source, settings, args, path):
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
                 return backbone(batch[0].to(args.device, non_blocking=True))[:, 0]
 
-        batches = bar(clip_loader(samples, every, settings["batch_size"], args), f"features {modality}")
+        batches = bar(clip_loader(samples, settings["batch_size"], args), f"features {modality}")
         arrays[modality] = gather(forward, batches).numpy()  # (rows, 512)
     length = 1 if settings["dataset"] == "affwild2" else source.length  # its windows overlap, and are cut by index
     first = slice(None, None, length)
@@ -367,7 +395,7 @@ def train_fusion(features, part, settings, args, run):
 
     The features lie on the device once, and a batch of windows is rows picked by index: nothing is copied per window.
     """
-    progress = run / "fusion.progress"
+    progress, progress_of = run / "fusion.progress", {**settings, "backbones": features.backbones}
     seed_all(settings["seed"], 2)
     model = nn.ModuleDict({"head": models.fusion_head(settings), "tnet": models.TNet()}).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings["fusion_lr"], fused=True)  # no weight in common
@@ -377,11 +405,12 @@ def train_fusion(features, part, settings, args, run):
     index, val = index.to(args.device), part_windows(features, part, "val")
     first, best = 0, dict(head=None, tnet=None)
     if args.resume and progress.exists():
-        first, best = restore_progress(progress, settings, model, optimizer)
+        first, best = restore_progress(progress, progress_of, model, optimizer)
     start = saved = time.time()
     for epoch in bar(range(first, settings["fusion_epochs"]), "fusion"):
         seed_all(settings["seed"], epoch)
         model.train()
+        losses = []
         for batch in torch.randperm(len(index)).to(args.device).split(settings["fusion_batch_size"]):
             v, p = visual[index[batch]], privileged[index[batch]]  # (B, L, 512)
             output, _ = model["head"](v, p)
@@ -391,6 +420,7 @@ def train_fusion(features, part, settings, args, run):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            losses.append(torch.stack([loss_gt, loss_tnet]).detach())
         model.eval()
         batches = val[0].to(args.device).split(256)
         scores = score(gather(lambda i: model["head"](visual[i], privileged[i])[0], batches), features, *val)
@@ -399,10 +429,11 @@ def train_fusion(features, part, settings, args, run):
             if best[name] is None or value > best[name]["score"]:
                 best[name] = dict(score=value, epoch=epoch, model=snapshot(model[name]))
         if time.time() - saved > SAVE_EVERY:
-            keep_progress(progress, settings, epoch, model, optimizer, best)
+            keep_progress(progress, progress_of, epoch, model, optimizer, best)
             saved = time.time()
-        append_line(run / "log.jsonl", dict(stage="fusion", epoch=epoch + 1, loss=loss_gt.item(),
-                                            tnet_loss=loss_tnet.item(), tnet_val_mse=mse, **scores))
+        loss_gt, loss_tnet = torch.stack(losses).mean(0).tolist()
+        append_line(run / "log.jsonl", dict(stage="fusion", epoch=epoch + 1, loss=loss_gt, tnet_loss=loss_tnet,
+                                            tnet_val_mse=mse, **scores))
     variance = privileged[val[0].to(args.device)].var(dim=(0, 1), correction=0).mean().item()
     print(f"fusion {settings['fusion_epochs']} epochs in {time.time() - start:.1f} s; best of epoch "
           f"{best['head']['epoch'] + 1}; T-Net's of epoch {best['tnet']['epoch'] + 1}, which leaves "
@@ -412,21 +443,29 @@ def train_fusion(features, part, settings, args, run):
     return model.eval()
 
 
+def finished_teacher(run):
+    """The run's teacher, if there is one and it is of the backbones beside it."""
+    if not (run / "teacher.pt").exists():
+        return None
+    state = load(run / "teacher.pt", "teacher")
+    weights = [load(run / f"{m}.pt", m)["model"] for m in ("visual", "privileged") if (run / f"{m}.pt").exists()]
+    backbones = ({k.removeprefix("backbone."): v for k, v in w.items() if k.startswith("backbone.")} for w in weights)
+    return state if "-".join(map(fingerprint, backbones)) == state["backbones"] else None
+
+
 def train_teacher(settings, args):
     """Stages 1 and 2 of one fold; writes the run folder and three result lines, returns the scores by role."""
     start = time.time()
     run = run_folder(settings, args.out)
     path = run / "teacher.pt"
-    if args.resume and path.exists():
-        state = load(path, "teacher")
-        same_settings(state, settings, path)
+    if args.resume and (state := finished_teacher(run)) and state["settings"] == settings:
         print(f"{path} is finished")
         return state["scores"]
     source = data.open_dataset(settings["dataset"], settings["root"], settings["outputs"], settings["length"],
                                settings["image_size"])
     part = data.parts(source, settings["fold"])
     run.mkdir(parents=True, exist_ok=True)
-    start_log(run)
+    start_log(run, settings)
     print(f"{run}: {source.describe()}; rows "
           + ", ".join(f"{name} {(part == name).sum()}" for name in ("train", "val", "test")))
     single = {m: train_backbone(m, source, part, settings, args, run).eval() for m in ("visual", "privileged")}
@@ -440,6 +479,8 @@ def train_teacher(settings, args):
     outputs = {m: gather(lambda i, m=m: single[m].classify(rows[m][i]), batches) for m in single}
     outputs["multimodal"] = gather(lambda i: model["head"](rows["visual"][i], rows["privileged"][i])[0], batches)
     scores = {role: score(output, features, *test) for role, output in outputs.items()}
+    for role, output in outputs.items():
+        log_videos(run, role, output, features, *test)
     save(path, dict(kind="teacher", settings=settings, scores=scores, backbones=features.backbones,
                     head=model["head"].state_dict(), tnet=model["tnet"].state_dict()))
     (run / "fusion.progress").unlink(missing_ok=True)
@@ -460,7 +501,7 @@ def result_line(settings, role, scores, seconds, **more):
     metrics = {k: v for k, v in scores.items() if k != "n"}
     return {"role": role, "classes": settings["outputs"] if settings["task"] == "classification" else "va",
             **{k: settings[k] for k in keys}, **metrics, "n_test": scores["n"], "seconds": round(seconds, 1),
-            "torch": torch.__version__, **more}
+            "torch": str(torch.__version__), **more}
 
 
 def parse(argv=None):
@@ -495,11 +536,13 @@ def make_settings(args):
     if args.synthetic:
         data.write_stand_in(args.dataset, root)
     synthetic = (Path(root) / "SYNTHETIC").is_file()
-    defaults = {**DEFAULTS[args.dataset], **(STAND_IN[args.dataset.partition("_")[0]] if synthetic else {})}
+    defaults = {**COMMON, **TEACHER_DEFAULTS[args.dataset]}
+    if synthetic:
+        defaults.update(STAND_IN[args.dataset.partition("_")[0]])
     settings = {k: v if getattr(args, k) is None else getattr(args, k) for k, v in defaults.items()}
     source = data.open_dataset(args.dataset, root, settings.pop("classes"), settings["clips"], settings["image_size"])
-    settings.update(length=source.length, dataset=args.dataset, root=str(root), synthetic=synthetic, seed=args.seed,
-                    task=source.task, outputs=source.outputs, fusion_batch_size=args.fusion_batch_size,
+    settings.update(length=source.length, dataset=args.dataset, root=str(Path(root)), synthetic=synthetic,
+                    seed=args.seed, task=source.task, outputs=source.outputs, fusion_batch_size=args.fusion_batch_size,
                     amp=args.amp, weights="pretrained" if args.pretrained else args.visual_weights)
     del settings["clips"]
     if args.dataset == "features":
@@ -516,9 +559,9 @@ def main():
     settings, folds = make_settings(args)
     for fold in folds:
         scores = train_teacher({**settings, "fold": fold}, args)
-        print(f"{'SYNTHETIC ' * settings['synthetic']}{settings['dataset']} fold {fold}, test, n = "
-              f"{scores['multimodal']['n']}: visual only (lower bound) {show(scores['visual'])} | privileged only "
-              f"{show(scores['privileged'])} | multimodal (upper bound) {show(scores['multimodal'])}")
+        print(f"{heading(settings, fold)}, n = {scores['multimodal']['n']}: visual only (lower bound) "
+              f"{show(scores['visual'])} | privileged only {show(scores['privileged'])} | multimodal (upper bound) "
+              f"{show(scores['multimodal'])}")
 
 
 if __name__ == "__main__":
