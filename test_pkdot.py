@@ -1442,6 +1442,42 @@ def test_evaluation_and_prediction_need_no_privileged_file(biovid_run, stand_in,
     assert all(sum(map(float, line.split(",")[1:])) == pytest.approx(1, abs=2e-4) for line in lines)
 
 
+def test_a_student_is_evaluated_on_its_own_test_subjects_alone(biovid_run, stand_in, tmp_path, capsys):
+    """Whoever else lies at the root: a new subject changes nothing, a missing one is an error."""
+    shutil.copytree(stand_in / "faces", tmp_path / "faces")
+    line = f"--evaluate {biovid_run}/student-pkdot.pt --root {tmp_path} --workers 0"
+    assert call(train_student, line) == 0
+    before = capsys.readouterr().out
+    new = sorted((tmp_path / "faces").iterdir())[0].name
+    for sample in (tmp_path / "faces" / new).iterdir():
+        shutil.copytree(sample, tmp_path / "faces" / "990101_m_40" / sample.name.replace(new, "990101_m_40"))
+    assert call(train_student, line) == 0 and capsys.readouterr().out == before
+    test = torch.load(biovid_run / "student-pkdot.pt", weights_only=True)["test_groups"]
+    shutil.rmtree(tmp_path / "faces" / test[0])
+    assert call(train_student, line) == 2
+    assert f"lacks 1 of the student's {len(test)} test subjects or videos, first {test[0]}" in capsys.readouterr().err
+
+
+def test_a_finished_student_is_not_trained_again(views_run, capsys):
+    line = f"--out {views_run.parents[2]} --epochs 2 --method cosine --device cpu --resume"
+    assert call(train_student, line) == 0
+    count = len(results(views_run.parents[2]))
+    assert call(train_student, line) == 0
+    assert len(results(views_run.parents[2])) == count and "is finished" in capsys.readouterr().out
+
+
+def test_a_teacher_of_older_backbones_is_not_finished(two_views, tmp_path, capsys):
+    """A second run that died after stage 1: the student refuses, and --resume does what the refusal says."""
+    run = train_on_views(two_views, tmp_path)
+    state = torch.load(run / "visual.pt", weights_only=True)
+    state["model"]["backbone.features.0.bias"] += 1
+    torch.save(state, run / "visual.pt")
+    assert call(train_student, f"--out {tmp_path} --epochs 1 --device cpu") == 2
+    assert "train_teacher.py --resume" in capsys.readouterr().err
+    train_on_views(two_views, tmp_path, "--resume")
+    assert call(train_student, f"--out {tmp_path} --epochs 1 --device cpu") == 0
+
+
 def test_same_seed_twice_gives_identical_numbers(two_views, views_run, tmp_path):
     again = train_on_views(two_views, tmp_path)
     for name in ("visual", "privileged"):
@@ -1629,8 +1665,9 @@ def test_only_lines_with_the_same_settings_count():
     records = [line(accuracy=1.0), line(accuracy=2.0, epsilon=0.2), line(accuracy=3.0, seed=1, classes=5),
                line(role="visual", accuracy=4.0), line(accuracy=5.0, seed=2)]
     row = train_student.Row("PKDOT", {})
+    bound = train_student.Row("", "visual")
     assert train_student.values(records, column, row, train_student.DEFAULTS) == {(1, 0): 1.0, (1, 2): 5.0}
-    assert train_student.values(records, column, train_student.Row("", "visual"), train_student.DEFAULTS) == {(1, 0): 4.0}
+    assert train_student.values(records, column, bound, train_student.DEFAULTS) == {(1, 0): 4.0}
 
 
 @pytest.mark.parametrize("name", [*train_student.TABLES, *train_student.FIGURES])
