@@ -1151,6 +1151,23 @@ def test_scores_are_over_valid_frames_each_predicted_by_its_clip(tmp_path):
     assert score(changed, source, index, keep) == result
 
 
+def test_the_table_of_videos_scores_each_by_itself(tmp_path):
+    rng = np.random.default_rng(1)
+    labels = {"one": rng.uniform(-1, 1, (96, 2)).round(3), "two": rng.uniform(-1, 1, (64, 2)).round(3)}
+    labels["two"][:40] = -5
+    for video, label in labels.items():
+        affwild2(tmp_path, video, len(label), label=label)
+    source = data.open_dataset("affwild2", tmp_path, length=1)
+    index, keep = data.windows(source.video, 1)
+    output = randn(5, 1, 2)  # three clips of video one, two of video two
+    shown = train_teacher.score_videos(output, source, index, keep)
+    predicted = {"one": np.repeat(output[:3, 0].numpy(), 32, 0), "two": np.repeat(output[3:, 0].numpy(), 32, 0)}
+    for video, label in labels.items():
+        p, y = predicted[video][label[:, 0] != -5, 1], label[label[:, 0] != -5, 1]
+        expected = 2 * np.cov(p, y, bias=True)[0, 1] / (p.var() + y.var() + (p.mean() - y.mean()) ** 2)
+        assert shown[video]["arousal"] == pytest.approx(expected, rel=1e-5) and shown[video]["n"] == len(y)
+
+
 def test_a_perfect_predictor_scores_1(tmp_path):
     label = np.repeat(np.random.default_rng(0).uniform(-1, 1, (4, 2)), 32, axis=0)
     source = data.open_dataset("affwild2", affwild2(tmp_path, frames=128, label=label))
