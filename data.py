@@ -43,6 +43,17 @@ ORIGIN = {"biovid": "on request from https://www.nit.ovgu.de/BioVid.html",
           "affwild2": "on request from https://ibug.doc.ic.ac.uk/resources/aff-wild2/"}
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, like every other error of the user's."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message}; see python {self.prog} --help")
+
+
 class UserError(ValueError):
     """What the user can mend: one line that says what, where and what to do. The scripts print it and exit with 2."""
 
@@ -584,8 +595,9 @@ class Features:
     def _label(self, label, count):
         if label.dtype.kind in "iu" and label.shape == (count,):
             self.task, self.outputs = "classification", int(label.max()) + 1
-            if label.min() < 0 or self.outputs < 2:
-                raise UserError(f"{self.path}: classes run from {label.min()} to {label.max()}, expected 0, 1, ...")
+            if label.min() < 0 or self.outputs < 2 or len(np.unique(label)) < self.outputs:
+                raise UserError(f"{self.path}: the classes are {np.unique(label).tolist()[:9]}; number two or more "
+                                "from 0 on, leaving none out")
             label = np.repeat(label.astype(np.int64), self.length)
         elif label.dtype.kind == "f" and label.shape in ((count, 2), (count, self.length, 2)):
             self.task, self.outputs = "regression", 2
@@ -656,8 +668,8 @@ def write_stand_in(dataset, root):
     if mark.is_file() and mark.read_text() == recipe:
         return
     if root.exists():
-        raise UserError(f"{root}: exists and is " + ("another stand-in; delete it" if mark.is_file() else "no stand-in")
-                        + ", or give another --root")
+        what = "another stand-in: delete it, or" if mark.is_file() else "not a stand-in:"
+        raise UserError(f"{root}: exists and is {what} give another --root")
     part = root.with_name(root.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -774,8 +786,7 @@ def write_affwild2(dataset, root, rng):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = Parser(__doc__)
     job = parser.add_mutually_exclusive_group(required=True)
     job.add_argument("--check", choices=DATASETS, help="count what is at --root and list every fault")
     job.add_argument("--synthetic", choices=DATASETS[:3], help="write a stand-in of this data set to --root")
@@ -799,12 +810,20 @@ def main():
 
 
 def run(main):
-    """Call main; what the user can mend ends in one line on stderr and exit code 2."""
+    """Call main; what the user can mend ends in one line on stderr and exit code 2, Ctrl-C in one and 130."""
     try:
         main()
     except UserError as error:  # a DataLoader worker hands it on behind its traceback, which is not for the user
         print(f"error: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; give another path", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; training goes on with --resume, a table with the same command", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1231,8 +1231,9 @@ NAN = np.full((6, 2, 3), np.nan, np.float32)
     (dict(visual=None), "'visual'"), (dict(privileged=None), "'privileged'"), (dict(label=None), "'label'"),
     (dict(visual=np.zeros((6, 3))), r"visual is \(6, 3\)"), (dict(visual=np.zeros((6, 2, 3), int)), "visual is int64"),
     (dict(privileged=np.zeros((5, 2, 3))), r"privileged is \(5, 2, 3\)"), (dict(label=NAN[..., :2]), "NaN"),
-    (dict(label=np.zeros(5, int)), r"label is int64 \(5,\)"), (dict(label=np.zeros(6, int)), "0 to 0"),
-    (dict(label=np.arange(6) - 1), "-1 to 4"), (dict(label=np.zeros((6, 3))), r"\(6, 3\)"),
+    (dict(label=np.zeros(5, int)), r"label is int64 \(5,\)"), (dict(label=np.zeros(6, int)), r"are \[0\]"),
+    (dict(label=np.arange(6) - 1), r"are \[-1, 0"), (dict(label=np.arange(6) * 2), r"are \[0, 2, 4"),
+        (dict(label=np.zeros((6, 3))), r"\(6, 3\)"),
     (dict(label=np.array(["a"] * 6)), "<U1"), (dict(group=np.arange(5)), r"group is \(5,\)"),
     (dict(split=np.array(["train", "dev"] * 3)), "dev"), (dict(name=np.array([{}] * 6)), "pickle")])
 def test_features_that_do_not_fit_are_one_line(tmp_path, changes, names):
@@ -1296,7 +1297,7 @@ def test_stand_in_of_biovid_is_read_by_the_real_loader_and_covers_the_awkward_ca
 def test_stand_in_refuses_a_folder_that_is_not_its_own(tmp_path):
     (tmp_path / "mine").mkdir()
     write(tmp_path / "mine" / "thesis.txt", "irreplaceable")
-    with pytest.raises(UserError, match="no stand-in") as error:
+    with pytest.raises(UserError, match="not a stand-in") as error:
         data.write_stand_in("biovid_b", tmp_path / "mine")
     only_line(error, "mine")
     assert [p.name for p in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
@@ -1524,12 +1525,13 @@ def test_resumed_equals_uninterrupted(stage, two_views, views_run, tmp_path, mon
     monkeypatch.setattr(train_teacher, "SAVE_EVERY", 0)
     monkeypatch.setattr(script, "append_line", dying)
     out = tmp_path / "killed"
-    try:
+    if stage == "student":
         train_on_views(two_views, out)
-        call(train_student, f"{student} {out}")
-        pytest.fail("was not interrupted")
-    except KeyboardInterrupt:
-        monkeypatch.setattr(script, "append_line", append)
+        assert call(train_student, f"{student} {out}") == 130
+    else:
+        assert call(train_teacher, f"--dataset features --root {two_views} --out {out} --backbone-epochs 3 "
+                                   "--fusion-epochs 5 --device cpu") == 130
+    monkeypatch.setattr(script, "append_line", append)
     killed = train_on_views(two_views, out, "--resume")
     assert call(train_student, f"{student} {out} --resume") == 0
     for name, keys in {"teacher": ("head", "tnet"), "student-pkdot": ("model",)}.items():
@@ -1587,17 +1589,27 @@ BAD = [  # script, command line, what the one line must name
     (train_teacher, "--dataset features --root {nan}", ["{nan}", "NaN"]),
     (train_teacher, "--dataset biovid_b --root {biovid} --visual-weights {text}", ["{text}", "state dict"]),
     (train_teacher, "--dataset biovid_b --root {biovid} --device cuda:99", ["cuda:99"]),
+    (train_student, "--evaluate {torn}", ["{torn}", "checkpoint"]),
+    (train_student, "--out {views} --lr 1e30 --epochs 9", ["the loss is nan", "--lr"]),
+    (train_student, "--table 3 --out {tmp} --root {tmp}", ["{tmp}", "affwild2 not run"]),
+    (train_student, "--table 5 --method mse", ["--method"]),
+    (train_teacher, "--dataset features --root {good} --out {text}", ["{text}", "Not a directory"]),
+    (train_teacher, "--dataset features --root {good} --out {views} --lr 1e30", ["another --out"]),
     (train_teacher, "--fold 6", ["6", "all"]),
     (train_teacher, "--batch 3", ["--batch"])]
 
 
 @pytest.mark.parametrize("script, line, named", BAD, ids=[line for _, line, _ in BAD])
-def test_bad_input_is_one_line_and_exit_code_2(script, line, named, biovid_run, views_run, stand_in, tmp_path, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(script, line, named, biovid_run, views_run, two_views, stand_in, tmp_path,
+                                               capsys):
     files = {"tmp": tmp_path / "empty", "views": views_run.parents[2], "text": tmp_path / "text.pt",
              "pickle": tmp_path / "pickle.pt", "teacher": biovid_run / "teacher.pt", "nan": tmp_path / "nan.npz",
-             "student": biovid_run / "student-pkdot.pt", "biovid": stand_in}
+             "student": biovid_run / "student-pkdot.pt", "biovid": stand_in, "torn": tmp_path / "torn.pt",
+             "good": tmp_path / "good.npz"}
     files["tmp"].mkdir()
     files["text"].write_text("not a checkpoint")
+    files["torn"].write_bytes((biovid_run / "teacher.pt").read_bytes()[:5000])
+    shutil.copy(two_views, files["good"])
     torch.save({"kind": "teacher", "settings": Path("x")}, files["pickle"])  # an object: not safe to load
     np.savez(files["nan"], visual=np.full((9, 1, 2), np.nan, np.float32), privileged=np.ones((9, 1, 2), np.float32),
              label=np.arange(9) % 2)

@@ -31,10 +31,10 @@ from tqdm import tqdm
 import data
 import models
 import train_teacher
-from data import Samples, UserError
+from data import Parser, Samples, UserError
 from pkdot import ANCHORS, cosine_loss, cosine_similarity_matrix, kl_loss, mse_loss, pkdot_loss, rkd_loss, task_loss
-from train_teacher import (TEACHER_DEFAULTS, Parser, Unimodal, add_common_flags, append_line, at_least, bar,
-                           choose_device, clip_loader, criterion, fingerprint, gather, heading, keep_progress, load,
+from train_teacher import (TEACHER_DEFAULTS, Unimodal, add_common_flags, append_line, at_least, bar, choose_device,
+                           clip_loader, criterion, fingerprint, finite, gather, heading, keep_progress, load,
                            log_videos, part_windows, restore_progress, result_line, run_features, run_folder,
                            same_settings, save, score, seed_all, show, snapshot, start_log)
 from train_teacher import make_settings as teacher_settings
@@ -132,11 +132,13 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
             optimizer.step()
             total_gt += loss_gt.detach()
         trained.eval()
+        loss_gt, w = (float(total) * b / len(order) for total in (total_gt, total_w))
+        finite(loss_gt + w, epoch, "lower --lr or raise --epsilon")
         scores = score(outputs(chosen_on), features, *chosen_on)
         if best is None or choice["select"] == "last" or criterion(scores) > best["score"]:
             best = dict(score=criterion(scores), epoch=epoch, model=snapshot(trained))
         if keep_student:
-            log_epoch(run, choice, epoch, float(total_gt) * b / len(order), float(total_w) * b / len(order), scores)
+            log_epoch(run, choice, epoch, loss_gt, w, scores)
         if keep_student and time.time() - saved > train_teacher.SAVE_EVERY:
             keep_progress(progress, settings, epoch, trained, optimizer, best)
             saved = time.time()
@@ -381,11 +383,11 @@ FIGURES = {
 def read_results(path):
     """The lines of results.jsonl. One that is not JSON, of a writer that was killed, is left out with a warning."""
     records = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+    for count, line in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else [], 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            print(f"warning: {path}, line {number} is not whole and is left out", file=sys.stderr)
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            print(f"warning: {path}, line {count} is not whole and is left out", file=sys.stderr)
     return records
 
 
@@ -680,7 +682,7 @@ def parse(argv=None):
     parser.add_argument("--method", choices=METHODS, default="pkdot", help="default pkdot")
     parser.add_argument("--lambda", type=at_least(0, float), default=0.4, help="weight of W in Eq. 9; default 0.4")
     parser.add_argument("--k", type=at_least(1), default=30, help="anchors; default 30")
-    parser.add_argument("--epsilon", type=at_least(1e-9, float), default=0.1,
+    parser.add_argument("--epsilon", type=at_least(1e-6, float), default=0.1,
                         help="Eq. 5, in units of the cost 1/2 |x - y|^2; default 0.1 (the release's blur 0.1 is 0.01)")
     parser.add_argument("--no-debias", dest="debias", action="store_false", help="Eq. 5 to the letter")
     parser.add_argument("--anchors", choices=ANCHORS, default="dissimilar", help="default dissimilar, the paper's")

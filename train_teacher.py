@@ -28,21 +28,10 @@ from tqdm import tqdm
 
 import data
 import models
-from data import DATASETS, Samples, UserError, windows
+from data import DATASETS, Parser, Samples, UserError, windows
 from pkdot import ccc, task_loss, valid
 
 SAVE_EVERY = 30  # seconds between two files to resume from: an epoch on cached features is too short for each
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, like every other error of the user's."""
-
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
-
-    def error(self, message):
-        raise UserError(f"{message}; see python {self.prog} --help")
 
 
 def at_least(least, kind=int):
@@ -94,11 +83,19 @@ def load(path, kind):
         raise UserError(f"{path}: no such file; expected a {kind} checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError, IndexError):
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError, IndexError):
         raise UserError(f"{path}: not a checkpoint that can be loaded safely; train it again") from None
     if not isinstance(state, dict) or state.get("kind") != kind or "settings" not in state:
         raise UserError(f"{path}: not a {kind} checkpoint of these scripts; give another file or train it again")
     return state
+
+
+def finite(loss, epoch, flags):
+    """The epoch's mean loss as a float; UserError if training has diverged, before anything of it is saved."""
+    loss = float(loss)
+    if not np.isfinite(loss):
+        raise UserError(f"the loss is {loss} in epoch {epoch + 1}; {flags}")
+    return loss
 
 
 def append_line(path, record):
@@ -311,13 +308,14 @@ def train_backbone(modality, source, part, settings, args, run):
             optimizer.step()
             total += loss.detach()
         model.eval()
+        total = finite(total / len(loader), epoch, "lower --lr")
         scores = score(gather(forward, clip_loader(val, settings["batch_size"], args)), source, *val.windows)
         if best is None or criterion(scores) > best["score"]:  # the epoch is chosen on the held-out training groups
             best = dict(score=criterion(scores), epoch=epoch, model=snapshot(model))
         if time.time() - saved > SAVE_EVERY:
             keep_progress(progress, settings, epoch, model, optimizer, best)
             saved = time.time()
-        line = dict(stage=modality, epoch=epoch + 1, loss=float(total) / len(loader), **scores,
+        line = dict(stage=modality, epoch=epoch + 1, loss=total, **scores,
                     seconds=time.time() - start)
         append_line(run / "log.jsonl", line)
         print(f"{modality} epoch {epoch + 1:3d}  loss {line['loss']:.4f}  val {show(scores)}  {line['seconds']:.1f} s")
@@ -422,6 +420,7 @@ def train_fusion(features, part, settings, args, run):
             optimizer.step()
             losses.append(torch.stack([loss_gt, loss_tnet]).detach())
         model.eval()
+        finite(loss, epoch, "lower --fusion-lr")
         batches = val[0].to(args.device).split(256)
         scores = score(gather(lambda i: model["head"](visual[i], privileged[i])[0], batches), features, *val)
         mse = gather(lambda i: (model["tnet"](visual[i]) - privileged[i]).square().mean((1, 2)), batches).mean().item()
@@ -461,6 +460,8 @@ def train_teacher(settings, args):
     if args.resume and (state := finished_teacher(run)) and state["settings"] == settings:
         print(f"{path} is finished")
         return state["scores"]
+    if path.exists() and (old := load(path, "teacher")["settings"]["root"]) != settings["root"]:
+        raise UserError(f"{path}: is a teacher of {old}, not of {settings['root']}; give another --out")
     source = data.open_dataset(settings["dataset"], settings["root"], settings["outputs"], settings["length"],
                                settings["image_size"])
     part = data.parts(source, settings["fold"])
