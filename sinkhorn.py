@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import itertools
 import math
+import os
 import statistics
 import time
 import warnings
@@ -265,6 +266,7 @@ def _peak_megabytes(step, device):
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would talk of GPUs that are not there
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
         step()
     events = p.profiler.kineto_results.events()
@@ -325,10 +327,12 @@ def benchmark(sizes, repeats, device):
         rows.append((b, statistics.median(ours), megabytes))
         print(f"{kind:>10} {b:5} {eps:4} {sweeps:6} {marginal:8.0e} {1e3 * rows[-1][1]:6.2f} "
               f"{megabytes:7.2f} {errors['ours']:8.0e}{others}", flush=True)
-    if len(sizes) > 1:
-        log_b, *logs = ([math.log(value) for value in column] for column in zip(*rows, strict=True))
+    large = sorted(set(sizes))[-2:]  # below, a step is mostly overhead
+    if len(large) == 2:
+        log_b, *logs = ([math.log(value) for value in column]
+                        for column in zip(*(row for row in rows if row[0] in large), strict=True))
         t, m = (statistics.linear_regression(log_b, column).slope for column in logs)
-        print(f"b = {min(sizes)} to {max(sizes)}: time grows like b^{t:.2f}, peak memory like b^{m:.2f}")
+        print(f"b = {large[0]} to {large[1]}: time grows like b^{t:.2f}, peak memory like b^{m:.2f}")
 
 
 if __name__ == "__main__":

@@ -420,7 +420,8 @@ def train_fusion(features, part, settings, args, run):
             optimizer.step()
             losses.append(torch.stack([loss_gt, loss_tnet]).detach())
         model.eval()
-        finite(loss, epoch, "lower --fusion-lr")
+        loss_gt, loss_tnet = torch.stack(losses).mean(0).tolist()
+        finite(loss_gt + loss_tnet, epoch, "lower --fusion-lr")
         batches = val[0].to(args.device).split(256)
         scores = score(gather(lambda i: model["head"](visual[i], privileged[i])[0], batches), features, *val)
         mse = gather(lambda i: (model["tnet"](visual[i]) - privileged[i]).square().mean((1, 2)), batches).mean().item()
@@ -430,7 +431,6 @@ def train_fusion(features, part, settings, args, run):
         if time.time() - saved > SAVE_EVERY:
             keep_progress(progress, progress_of, epoch, model, optimizer, best)
             saved = time.time()
-        loss_gt, loss_tnet = torch.stack(losses).mean(0).tolist()
         append_line(run / "log.jsonl", dict(stage="fusion", epoch=epoch + 1, loss=loss_gt, tnet_loss=loss_tnet,
                                             tnet_val_mse=mse, **scores))
     variance = privileged[val[0].to(args.device)].var(dim=(0, 1), correction=0).mean().item()
