@@ -1600,8 +1600,8 @@ BAD = [  # script, command line, what the one line must name
 
 
 @pytest.mark.parametrize("script, line, named", BAD, ids=[line for _, line, _ in BAD])
-def test_bad_input_is_one_line_and_exit_code_2(script, line, named, biovid_run, views_run, two_views, stand_in, tmp_path,
-                                               capsys):
+def test_bad_input_is_one_line_and_exit_code_2(
+        script, line, named, biovid_run, views_run, two_views, stand_in, tmp_path, capsys):
     files = {"tmp": tmp_path / "empty", "views": views_run.parents[2], "text": tmp_path / "text.pt",
              "pickle": tmp_path / "pickle.pt", "teacher": biovid_run / "teacher.pt", "nan": tmp_path / "nan.npz",
              "student": biovid_run / "student-pkdot.pt", "biovid": stand_in, "torn": tmp_path / "torn.pt",
