@@ -368,12 +368,12 @@ def extract_features(backbones, source, settings, args, path):
         backbone.eval()
         samples = Samples(source, modality, every[:, None], torch.ones(len(every), 1, dtype=torch.bool))
 
-        def forward(batch, backbone=backbone):
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-                return backbone(batch[0].to(args.device, non_blocking=True))[:, 0]
-
-        batches = bar(clip_loader(samples, settings["batch_size"], args), f"features {modality}")
-        arrays[modality] = gather(forward, batches).numpy()  # (rows, 512)
+        rows, done = torch.empty(len(every), models.D, device=args.device), 0  # all at once: no small pieces to keep
+        with torch.inference_mode(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+            for clips, _ in bar(clip_loader(samples, settings["batch_size"], args), f"features {modality}"):
+                rows[done:done + len(clips)] = backbone(clips.to(args.device, non_blocking=True))[:, 0]
+                done += len(clips)
+        arrays[modality] = rows.cpu().numpy()  # (rows, 512)
     length = 1 if settings["dataset"] == "affwild2" else source.length  # its windows overlap, and are cut by index
     first = slice(None, None, length)
     arrays = {k: v.reshape(-1, length, models.D) for k, v in arrays.items()}
