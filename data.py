@@ -323,8 +323,7 @@ class Affwild2:
         if self.faults:
             return
         self.fps = {}
-        for fault in _faults(self._read_fps):
-            self.faults.append(fault)
+        self.faults += _faults(self._read_fps)
         files = {p.stem: (p, split) for split, name in (("train", "Train_Set"), ("test", "Validation_Set"))
                  for p in sorted((sets[-1] / name).glob("[!.]*.txt"))}  # sets[-1]: the later ABAW edition
         self.strays = [f"{p}: crops without an annotation file in {sets[-1]}; not used"

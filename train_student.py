@@ -576,13 +576,14 @@ def draw_figure(name, base, args):
     except ImportError:
         print("matplotlib is not installed: no png")
         return
-    metrics = list(dict.fromkeys("accuracy (%)" if c.metric == "accuracy" else "CCC" for c in columns))
-    figure, axes = pyplot.subplots(1, len(metrics), squeeze=False, figsize=(5 * len(metrics), 4), layout="constrained")
-    for column, series in zip(columns, zip(*means, strict=True), strict=True):
-        axis = axes[0, metrics.index("accuracy (%)" if column.metric == "accuracy" else "CCC")]
+    units = ["accuracy (%)" if column.metric == "accuracy" else "CCC" for column in columns]
+    panels = list(dict.fromkeys(units))  # valence and arousal share one
+    figure, axes = pyplot.subplots(1, len(panels), squeeze=False, figsize=(5 * len(panels), 4), layout="constrained")
+    for column, unit, series in zip(columns, units, zip(*means, strict=True), strict=True):
+        axis = axes[0, panels.index(unit)]
         axis.plot([row.label.split()[-1] for row in rows], series, marker="o", label=column.heading)
         axis.set_xlabel(rows[0].label.rpartition(" ")[0])
-        axis.set_ylabel("accuracy (%)" if column.metric == "accuracy" else "CCC")
+        axis.set_ylabel(unit)
         axis.legend()
     figure.suptitle(("SYNTHETIC DATA - " if synthetic else "") + title)
     figure.savefig(path.with_suffix(".png"))

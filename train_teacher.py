@@ -202,10 +202,6 @@ def show(scores):
     return f"CCC valence {scores['valence']:.3f}, arousal {scores['arousal']:.3f}"
 
 
-def move(state, device):
-    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in state.items()}
-
-
 def snapshot(module):
     return {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
 
