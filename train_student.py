@@ -44,20 +44,7 @@ METHODS = ("pkdot", "cosine", "mse", "kl", "rkd", "none")
 # Section IV-B unless marked; epsilon in units of the cost 1/2 |x - y|^2. 20 epochs are the release's.
 DEFAULTS = {"method": "pkdot", "lambda": 0.4, "k": 30, "epsilon": 0.1, "debias": True, "anchors": "dissimilar",
            "batch_size": 128, "lr": 1e-4, "epochs": 20, "finetune": False, "select": "val", "seed": 0, "amp": False}
-STAND_IN_EPOCHS = {"biovid_a": 100, "biovid_b": 100, "affwild2": 50}  # its epochs are of a step or two
-
-
-def distillation_loss(choice, output_s, z_s, output_t, z_t, k):
-    """What lambda weighs in Eq. 9, by choice["method"]: PKDOT's W, or a baseline of Table II in its place."""
-    if choice["method"] == "pkdot":
-        return pkdot_loss(z_s, z_t, k, choice["epsilon"], choice["debias"], choice["anchors"])
-    if choice["method"] == "cosine":
-        return cosine_loss(z_s, z_t)
-    if choice["method"] == "mse":
-        return mse_loss(z_s, z_t)
-    if choice["method"] == "kl":
-        return kl_loss(output_s, output_t)
-    return rkd_loss(z_s, z_t)
+STAND_IN_EPOCHS = 50  # its epochs are of a few steps
 
 
 def distil(teacher_path, choice, args, keep_student=True, watch=None):
@@ -78,29 +65,28 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
         raise UserError("--method kl compares class probabilities, and valence/arousal has none; choose another method")
     features = open_run(run, state)
     part = data.parts(features, settings["fold"])
-    index, keep = part_windows(features, part, "train", dense=True)
+    train = part_windows(features, part, "train", dense=True)
     test = part_windows(features, part, "test")
     # --select val: held-out training subjects choose the epoch; test: the test fold does (the release); last: nothing
     chosen_on = test if choice["select"] == "test" else part_windows(features, part, "val")
-    b, k = min(choice["batch_size"], len(index)), min(choice["k"], len(index))
+    samples = len(train[0])
+    b, k = min(choice["batch_size"], samples), min(choice["k"], samples)
     if b < choice["batch_size"] and keep_student:
-        print(f"warning: only {len(index)} training samples; batches are of {b} and k is {k}", file=sys.stderr)
+        print(f"warning: only {samples} training samples; batches are of {b} and k is {k}", file=sys.stderr)
 
-    visual, rows = features.rows["visual"].to(device), index.to(device)  # (R, 512), (S, L)
-    label = data.sample_labels(features.label, index, keep).to(device)
-    output_t, z_t = teacher_answers(state, features, index, device)
+    targets = data.sample_labels(features.label, *train).to(device), *teacher_answers(state, features, train[0], device)
     seed_all(choice["seed"], 3)
     student, trained = make_student(state, run, choice, device)
     optimizer = torch.optim.Adam(trained.parameters(), lr=choice["lr"], fused=True)
     frozen = fingerprint(student.tnet.state_dict())
-    faces = open_faces(settings, args.root) if choice["finetune"] else None
-    videos = Samples(faces, "visual", index, keep) if faces else None
+    if choice["finetune"]:
+        source, forward = open_faces(settings, args.root), student
+    else:
+        source, forward = features.rows["visual"].to(device), student.fuse  # (R, 512)
 
-    def outputs(windows):  # of the student, by the path it is trained on: video, or cached features
-        if faces:
-            loader = clip_loader(Samples(faces, "visual", *windows), b, args)
-            return gather(lambda batch: student(batch[0].to(device))[0], loader)
-        return gather(lambda rows: student.fuse(visual[rows])[0], windows[0].to(device).split(256))
+    def outputs(windows):
+        batches = student_inputs(source, windows, torch.arange(len(windows[0])), b, args)
+        return gather(lambda x: forward(x)[0], batches)
 
     first, best, saved = 0, None, time.time()
     if args.resume and keep_student and progress.exists():
@@ -108,31 +94,12 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
     if watch:
         watch(0, student)
     for epoch in bar(range(first, choice["epochs"]), f"{choice['method']} fold {settings['fold']}"):
-        seed_all(choice["seed"], epoch)
+        seed_all(choice["seed"], 3, epoch + 1)
+        order = torch.randperm(samples)[:samples - samples % b]  # S wants b rows
+        batches = zip(order.to(device).split(b), student_inputs(source, train, order, b, args), strict=True)
         trained.train()
-        total_gt = total_w = 0.0
-        order = torch.randperm(len(index))
-        order = order[:len(order) - len(order) % b]  # S wants b rows
-        clips = iter(clip_loader(videos, b, args, order)) if faces else None
-        for batch in order.to(device).split(b):
-            with torch.autocast(device.type, torch.bfloat16, enabled=choice["amp"]):
-                if faces:
-                    output_s, z_s = student(next(clips)[0].to(device, non_blocking=True))  # (b, L, 3, F, H, W)
-                else:
-                    output_s, z_s = student.fuse(visual[rows[batch]])  # (b, L, 512)
-            output_s, z_s = output_s.float(), z_s.float()  # the losses are not for bfloat16
-            loss_gt = task_loss(output_s, label[batch])  # Eq. 7 or 8
-            loss = loss_gt
-            if choice["method"] != "none" and choice["lambda"] > 0:
-                W = distillation_loss(choice, output_s, z_s, output_t[batch], z_t[batch], k)  # Eq. 1-6
-                loss = loss_gt + choice["lambda"] * W  # Eq. 9
-                total_w += W.detach()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total_gt += loss_gt.detach()
+        loss_gt, w = train_epoch(forward, batches, targets, optimizer, choice, k)
         trained.eval()
-        loss_gt, w = (float(total) * b / len(order) for total in (total_gt, total_w))
         finite(loss_gt + w, epoch, "lower --lr or raise --epsilon")
         scores = score(outputs(chosen_on), features, *chosen_on)
         if best is None or choice["select"] == "last" or criterion(scores) > best["score"]:
@@ -159,6 +126,47 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
         progress.unlink(missing_ok=True)
     append_line(args.out / "results.jsonl", record)
     return record
+
+
+def train_epoch(forward, batches, targets, optimizer, choice, k):
+    """One epoch over batches of (which windows, what the student sees of them); the mean L_gt and W."""
+    terms = []
+    for batch, x in batches:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=choice["amp"]):
+            output_s, z_s = forward(x)
+        loss_gt, W = loss_terms(choice, output_s.float(), z_s.float(), *(t[batch] for t in targets), k)
+        loss = loss_gt + choice["lambda"] * W  # Eq. 9
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        terms.append(torch.stack([loss_gt, W]).detach())
+    return torch.stack(terms).mean(0).tolist()
+
+
+def loss_terms(choice, output_s, z_s, label, output_t, z_t, k):
+    """L_gt (Eq. 7 or 8), and what lambda weighs in Eq. 9: PKDOT's W, or a baseline of Table II in its place."""
+    loss_gt = task_loss(output_s, label)
+    if choice["method"] == "none" or choice["lambda"] == 0:
+        return loss_gt, torch.zeros_like(loss_gt)
+    if choice["method"] == "pkdot":
+        return loss_gt, pkdot_loss(z_s, z_t, k, choice["epsilon"], choice["debias"], choice["anchors"])  # Eq. 1-6
+    if choice["method"] == "cosine":
+        return loss_gt, cosine_loss(z_s, z_t)
+    if choice["method"] == "mse":
+        return loss_gt, mse_loss(z_s, z_t)
+    if choice["method"] == "kl":
+        return loss_gt, kl_loss(output_s, output_t)
+    return loss_gt, rkd_loss(z_s, z_t)
+
+
+def student_inputs(source, windows, order, size, args):
+    """Batches of what the student sees of the windows in order: clips (b, L, 3, F, H, W) of a data set, or rows
+    (b, L, 512) of a tensor of features, which lies on the device."""
+    if torch.is_tensor(source):
+        rows = windows[0].to(source.device)
+        return (source[rows[batch]] for batch in order.to(source.device).split(size))
+    return (batch[0].to(args.device, non_blocking=True)
+            for batch in clip_loader(Samples(source, "visual", *windows), size, args, order))
 
 
 @torch.no_grad()
@@ -223,7 +231,7 @@ def code_digest():
     for name in ("sinkhorn.py", "pkdot.py", "models.py", "train_student.py"):
         tree = ast.parse((Path(__file__).parent / name).read_text())
         if name == "train_student.py":
-            stage_3 = ("distillation_loss", "distil", "teacher_answers", "make_student")
+            stage_3 = ("distil", "train_epoch", "loss_terms", "student_inputs", "teacher_answers", "make_student")
             tree.body = [node for node in tree.body if getattr(node, "name", None) in stage_3]
         for node in ast.walk(tree):
             if isinstance(getattr(node, "body", None), list):
@@ -234,7 +242,7 @@ def code_digest():
 
 
 def default_epochs(settings):
-    return STAND_IN_EPOCHS[settings["dataset"]] if settings["synthetic"] else DEFAULTS["epochs"]
+    return STAND_IN_EPOCHS if settings["synthetic"] else DEFAULTS["epochs"]
 
 
 def newest_teacher(args):

@@ -66,7 +66,8 @@ def choose_device(name):
 
 
 def seed_all(*numbers):
-    """Seed torch from a run's seed and, say, the epoch: a resumed run then draws what an uninterrupted one draws."""
+    """Seed torch from a run's seed, its stage and the epoch (from 1: numpy takes a last 0 for none): a resumed run then
+    draws what an uninterrupted one draws."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
@@ -243,7 +244,7 @@ TEACHER_DEFAULTS = {  # Table I and section IV-B; batch size and learning rate a
     "features": dict(fusion="concat", visual_backbone="r3d18", clips=None, batch_size=64, lr=1e-3, fusion_lr=1e-4)}
 COMMON = dict(classes=2, image_size=112, backbone_epochs=30, fusion_epochs=50)  # the epochs are not in the paper
 STAND_IN = {  # few samples and a CPU: smaller images, smaller batches, more passes over less
-    "biovid": dict(image_size=32, batch_size=16, backbone_epochs=8, fusion_epochs=400),
+    "biovid": dict(image_size=32, batch_size=16, backbone_epochs=4, fusion_epochs=200),
     "affwild2": dict(image_size=48, batch_size=4, lr=1e-4, backbone_epochs=10, fusion_epochs=20)}
 
 
@@ -265,7 +266,8 @@ class Unimodal(nn.Module):
 def train_backbone(modality, source, part, settings, args, run):
     """Stage 1: one modality alone, backbone and linear head; returns the model of the best validation epoch."""
     path, progress = run / f"{modality}.pt", run / f"{modality}.progress"
-    seed_all(settings["seed"], ["visual", "privileged"].index(modality))
+    stage = ["visual", "privileged"].index(modality)
+    seed_all(settings["seed"], stage)
     backbone = (models.visual_backbone if modality == "visual" else models.privileged_backbone)(settings)
     model = Unimodal(backbone, settings)
     if args.resume and path.exists():
@@ -292,7 +294,7 @@ def train_backbone(modality, source, part, settings, args, run):
     saved = time.time()
     for epoch in range(first, settings["backbone_epochs"]):
         start = time.time()
-        seed_all(settings["seed"], epoch)
+        seed_all(settings["seed"], stage, epoch + 1)
         model.train()
         total = 0.0
         loader = clip_loader(train, settings["batch_size"], args, torch.randperm(len(train)))
@@ -402,7 +404,7 @@ def train_fusion(features, part, settings, args, run):
         first, best = restore_progress(progress, progress_of, model, optimizer)
     start = saved = time.time()
     for epoch in bar(range(first, settings["fusion_epochs"]), "fusion"):
-        seed_all(settings["seed"], epoch)
+        seed_all(settings["seed"], 2, epoch + 1)
         model.train()
         losses = []
         for batch in torch.randperm(len(index)).to(args.device).split(settings["fusion_batch_size"]):
