@@ -254,6 +254,17 @@ def test_extreme_regimes(kind, ratio, scale, dtype):
     assert ours == pytest.approx((reference * cost.double().numpy()).sum() / scale, abs=max(2e-4, 2 * error))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nearly_separate_clusters_converge(dtype):
+    cost = squared(*(z.double() for z in sinkhorn_module._batch("clustered", 32)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # not "stopped"
+        f, g = sinkhorn(cost.to(dtype), 0.01, max_iter=120)
+    plan, value, _ = plain_sinkhorn(cost, 0.01, sweeps=50000, tol=1e-7)
+    assert np.abs(transport_plan(cost, f.double(), g.double(), 0.01).numpy() - plan).sum() < 2e-3
+    assert (f.double() + g.double()).mean().item() == pytest.approx(value, abs=1e-5)
+
+
 def test_identical_points_and_one_point():
     same = torch.full((6, 3), 0.7)
     assert sinkhorn_divergence(same, same, 1e-3).item() == 0
