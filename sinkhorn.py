@@ -115,7 +115,7 @@ def _solve(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
     A sweep v = b / (P^T u), u = a / (P v) is two matrix-vector products on the current plan P. After a
     block of them u, v go into the log scalings phi = f / epsilon + log a, gamma = g / epsilon + log b, and
     P is computed afresh (Schmitzer 2019). Where u, v ran too far for P's floating-point range, log-domain
-    sweeps replace the block; where sweeps converge slowly, a Newton step goes before it.
+    sweeps replace the block; where sweeps converge slowly, a Newton step follows it.
     """
     cost, a, b, scale = _checked(cost, epsilon, a, b)
     unit = torch.finfo(cost.dtype).eps
