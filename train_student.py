@@ -539,16 +539,14 @@ def ensure_teachers(dataset, classes, args):
 
 
 def for_features(table, path):
-    """A table's students on a features file, below all bounds; the file's own metric, and no number of the paper's."""
+    """A table's comparison on a features file: the same rows, the file's own metric, no number of the paper's."""
     source = data.Features(path)
     metrics = ["accuracy"] if source.task == "classification" else ["valence", "arousal"]
     classes = source.outputs if source.task == "classification" else "va"
     changes = [c.change for c in table.columns if c.dataset == table.columns[0].dataset and c.metric == "accuracy"]
     columns = [Column(", ".join([*(f"{k} = {v}" for k, v in change.items()), f"{Path(path).stem} {metric}"]),
                       "features", classes, metric, change) for metric in metrics for change in changes or [{}]]
-    bounds = [Row(LOWER, "visual"), Row("Privileged only", "privileged"), Row(UPPER, "multimodal")]
-    rows = [Row(row.label, row.ours) for row in table.rows if isinstance(row.ours, dict)]
-    return Table(table.title, columns, bounds + rows)
+    return Table(table.title, columns, [Row(row.label, row.ours) for row in table.rows if row.ours is not None])
 
 
 def print_table(name, base, args):
