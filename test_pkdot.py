@@ -126,14 +126,15 @@ def test_value_and_plan_of_the_plain_loop():
     assert sinkhorn_divergence(x, y, 0.1, debias=False).item() == pytest.approx(xy, abs=1e-6)
 
 
-def test_batch_is_the_loop():
+@pytest.mark.parametrize("epsilon", [0.2, 0.02])  # cost / epsilon to 80, and to 1,000 in the harder problems alone
+def test_batch_is_the_loop(epsilon):
     x, y = points(2, 3, 10, 4), points(2, 3, 8, 4, seed=1)
-    x[1] *= 5
-    divergence, cost = sinkhorn_divergence(x, y, 0.2), ot_cost(squared(x, y), 0.2)
+    x[1] *= 2
+    divergence, cost = sinkhorn_divergence(x, y, epsilon), ot_cost(squared(x, y), epsilon)
     for i in range(2):
         for j in range(3):
-            assert torch.allclose(divergence[i, j], sinkhorn_divergence(x[i, j], y[i, j], 0.2), atol=1e-6)
-            assert torch.allclose(cost[i, j], ot_cost(squared(x[i, j], y[i, j]), 0.2), atol=1e-6)
+            assert torch.allclose(divergence[i, j], sinkhorn_divergence(x[i, j], y[i, j], epsilon), atol=1e-5)
+            assert torch.allclose(cost[i, j], ot_cost(squared(x[i, j], y[i, j]), epsilon), atol=1e-5)
 
 
 @pytest.mark.parametrize("debias", [True, False])
@@ -188,7 +189,7 @@ def test_zero_for_equal_clouds(dtype):
     x = points(30, 5, dtype=dtype).requires_grad_()
     value = sinkhorn_divergence(x, x.detach().flip(0), 0.1)
     value.backward()
-    assert abs(value.item()) < 1e-5 and x.grad.abs().sum() < 1e-3
+    assert abs(value.item()) < 1e-5 and x.grad.abs().sum() < 2e-4
     assert sinkhorn_divergence(x, x.detach(), 0.1, debias=False).item() > 0.1  # the entropic bias it removes
 
 
@@ -255,14 +256,12 @@ def test_extreme_regimes(kind, ratio, scale, dtype):
     assert ours == pytest.approx((reference * cost.double().numpy()).sum() / scale, abs=max(2e-4, 2 * error))
 
 
-@pytest.mark.parametrize("kind, epsilon, sweeps, off", [
-    ("clustered", 0.01, 1000, 2e-3),  # small exchanges between nearly separate clusters
-    ("two classes", 0.1, 200, 2e-3), ("two classes", 0.01, 200, 4e-2)])  # cost / epsilon to 4,000: a cold start drifts
-def test_hard_batches_converge(kind, epsilon, sweeps, off):
-    x, y = (z - z.mean(0) for z in sinkhorn_module._batch(kind, 32))
+@pytest.mark.parametrize("epsilon, off", [(0.1, 1e-3), (0.01, 2e-2)])
+def test_a_hard_batch_converges(epsilon, off):
+    x, y = (z - z.mean(0) for z in sinkhorn_module._batch("two classes", 32))  # cost / epsilon to 4,000
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # not "stopped"
-        f, g = sinkhorn(squared(x, y), epsilon, max_iter=sweeps)
+        f, g = sinkhorn(squared(x, y), epsilon, max_iter=300)
     cost = squared(x.double(), y.double())
     plan, value, error = plain_sinkhorn(cost, epsilon, sweeps=50000, tol=1e-6)
     assert np.abs(transport_plan(cost, f.double(), g.double(), epsilon).numpy() - plan).sum() < off + error
@@ -329,6 +328,12 @@ def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_benchmark(capsys):
+    sinkhorn_module.benchmark([8, 16], 1, "cpu")
+    out = capsys.readouterr().out
+    assert out.count("two classes") == 4 and "peak memory like b^" in out
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
