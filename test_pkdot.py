@@ -1611,6 +1611,7 @@ BAD = [  # script, command line, what the one line must name
     (train_teacher, "--dataset biovid_b --root {biovid} --device cuda:99", ["cuda:99"]),
     (train_student, "--evaluate {torn}", ["{torn}", "checkpoint"]),
     (train_student, "--out {views} --lr 1e30 --epochs 9", ["the loss is nan", "--lr"]),
+    (train_student, "--out {views} --lr 1e30 --epochs 9 --batch-size 32", ["epoch 1", "NaN", "--lr"]),
     (train_student, "--table 3 --out {tmp} --root {tmp}", ["{tmp}", "affwild2 not run"]),
     (train_student, "--table 5 --method mse", ["--method"]),
     (train_teacher, "--dataset features --root {good} --out {text}", ["{text}", "Not a directory"]),
@@ -1689,8 +1690,8 @@ def test_a_known_table():
     assert "Cosine similarity [10] 75.40 | 72.50 ± 7.51 (4 runs) 0.37 | not run 0.53 | not run" in lines
     assert "KL [8] 75.80 | not run N/A | n/a N/A | n/a" in lines
     # folds' means 2 and 5: mean 3.5, standard error 1.5, t(0.975, 1) = 12.7062
-    assert ("PKDOT minus Cosine similarity [10], BioVid (B) accuracy: +3.50, 95 % interval [-15.56, +22.56], "
-            "inside the noise") in lines
+    assert ("PKDOT minus Cosine similarity [10], BioVid (B) accuracy: +3.50, "
+            "95 % interval over folds [-15.56, +22.56], inside the noise") in lines
     assert "SYNTHETIC" not in text
     synthetic = train_student.format_table(train_student.TABLES["2"], records, train_student.DEFAULTS, synthetic=True)
     assert synthetic.startswith("SYNTHETIC DATA - ")
@@ -1790,6 +1791,34 @@ def test_a_sweep_trains_exactly_what_is_missing(two_views, tmp_path, monkeypatch
     assert len(trained) == 30
 
 
+def test_a_table_stands_on_the_teachers_that_are_there(two_views, tmp_path, capsys):
+    teacher = f"--dataset features --root {two_views} --out {tmp_path} --device cpu --backbone-epochs 1"
+    assert call(train_teacher, f"{teacher} --fusion mmt --fold 2 --fusion-epochs 2") == 0
+    table = f"--table 5 --dataset features --root {two_views} --out {tmp_path} --epochs 1 --device cpu --batch-size 64"
+    assert call(train_student, table) == 0
+    assert "features: teachers with backbone_epochs 1, fusion_epochs 2, fusion mmt\n" in capsys.readouterr().out
+    folds = [train_teacher.load(path, "teacher")["settings"] for path in tmp_path.glob("features/*/fold*/teacher.pt")]
+    assert len(folds) == 5 and {(s["fusion"], s["fusion_epochs"]) for s in folds} == {("mmt", 2)}
+    assert call(train_teacher, f"{teacher} --fold 2 --fusion-epochs 2") == 0  # one of another kind beside them
+    assert call(train_student, table) == 2
+    assert "fusion concat, not mmt" in capsys.readouterr().err
+
+
+def test_without_data_a_table_has_the_paper_alone(tmp_path, capsys):
+    assert call(train_student, f"--table 3 --root {tmp_path / 'none'} --out {tmp_path} --device cpu") == 2
+    out, err = capsys.readouterr()
+    assert "0.43 | not run" in out and str(tmp_path / "none") in err
+
+
+def test_the_benchmark_times_the_real_step(capsys, monkeypatch):
+    steps = []
+    monkeypatch.setattr(train_student, "train_epoch", lambda *args: steps.append(len(args[1])))
+    monkeypatch.setattr(models.R3D18, "features", lambda self, video: video.mean((1, 2, 3, 4)))
+    assert call(train_student, "--benchmark --device cpu") == 0
+    out = capsys.readouterr().out
+    assert set(steps) == {1, 6960 // 128} and "bfloat16, channels_last_3d" in out and "Figure 6" in out
+
+
 def test_figures_are_written(biovid_run, stand_in, capsys, monkeypatch):
     out = biovid_run.parents[2]
     monkeypatch.setattr(train_student, "ensure_teachers", lambda dataset, classes, args: [
@@ -1799,6 +1828,6 @@ def test_figures_are_written(biovid_run, stand_in, capsys, monkeypatch):
     assert (out / "figure5-biovid_b-synthetic.png").read_bytes()[:4] == b"\x89PNG"
     assert call(train_student, f"--figure 7 {common}") == 0
     header, *rows = (out / "figure7-biovid_b-synthetic.csv").read_text().splitlines()
-    assert header == "SYNTHETIC,BioVid (B) accuracy"
+    assert header == "SYNTHETIC,BioVid (B) accuracy,sd,runs"
     assert [row.split(",")[0] for row in rows][:2] == ["epsilon 0.001", "epsilon 0.01"]
     assert "SYNTHETIC DATA - Figure 7" in capsys.readouterr().out

@@ -12,13 +12,15 @@ fusion head of the teacher's architecture, trained with L = L_gt + lambda W (Eq.
 """
 import ast
 import csv
+import functools
 import hashlib
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,6 +83,9 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
     frozen = fingerprint(student.tnet.state_dict())
     if choice["finetune"]:
         source, forward = open_faces(settings, args.root), student
+        if not np.array_equal(source.name, features.name):
+            raise UserError(f"{source.path}: its clips are no longer those of {run / 'features.npz'}; "
+                            "train the teacher again, or give the --root it was trained on")
     else:
         source, forward = features.rows["visual"].to(device), student.fuse  # (R, 512)
 
@@ -98,9 +103,12 @@ def distil(teacher_path, choice, args, keep_student=True, watch=None):
         order = torch.randperm(samples)[:samples - samples % b]  # S wants b rows
         batches = zip(order.to(device).split(b), student_inputs(source, train, order, b, args), strict=True)
         trained.train()
-        loss_gt, w = train_epoch(forward, batches, targets, optimizer, choice, k)
-        trained.eval()
+        try:
+            loss_gt, w = train_epoch(forward, batches, targets, optimizer, choice, k)
+        except ValueError as error:  # pkdot_loss met NaN
+            raise UserError(f"epoch {epoch + 1}: {error}; lower --lr or raise --epsilon") from error
         finite(loss_gt + w, epoch, "lower --lr or raise --epsilon")
+        trained.eval()
         scores = score(outputs(chosen_on), features, *chosen_on)
         if best is None or choice["select"] == "last" or criterion(scores) > best["score"]:
             best = dict(score=criterion(scores), epoch=epoch, model=snapshot(trained))
@@ -225,14 +233,20 @@ def identity(choice, state):
     return {**choice, "teacher": teacher, "code": code_digest()}
 
 
+STAGE_3 = {  # what a student's score depends on; None: all of the file
+    "sinkhorn.py": None, "pkdot.py": None, "models.py": None, "data.py": ("windows", "parts", "sample_labels"),
+    "train_teacher.py": ("seed_all", "part_windows", "score", "frame_predictions", "criterion", "gather", "snapshot"),
+    "train_student.py": ("distil", "train_epoch", "loss_terms", "student_inputs", "teacher_answers", "make_student")}
+
+
+@functools.cache  # the code that runs is the code that was imported, whatever is edited meanwhile
 def code_digest():
-    """Changes when the method's code does (three files and stage 3), not with its comments, docstrings or layout."""
+    """Changes when stage 3's code does, not with its comments, docstrings or layout."""
     digest = hashlib.sha256()
-    for name in ("sinkhorn.py", "pkdot.py", "models.py", "train_student.py"):
+    for name, functions in STAGE_3.items():
         tree = ast.parse((Path(__file__).parent / name).read_text())
-        if name == "train_student.py":
-            stage_3 = ("distil", "train_epoch", "loss_terms", "student_inputs", "teacher_answers", "make_student")
-            tree.body = [node for node in tree.body if getattr(node, "name", None) in stage_3]
+        if functions:
+            tree.body = [node for node in tree.body if getattr(node, "name", None) in functions]
         for node in ast.walk(tree):
             if isinstance(getattr(node, "body", None), list):
                 node.body = [n for n in node.body
@@ -437,17 +451,23 @@ def number(value, column, sign=""):
     return f"{value:{sign}.{2 if column.metric == 'accuracy' else 3}f}"
 
 
+def summary(found):
+    """Mean and standard deviation over folds and seeds, and the number of runs."""
+    runs = list(found.values())
+    return statistics.mean(runs) if runs else math.nan, statistics.stdev(runs) if len(runs) > 1 else 0.0, len(runs)
+
+
 def format_cell(column, row, found):
-    """Ours, as mean +- standard deviation over folds and seeds, and the number of runs."""
     if row.ours is None:
         return ""
     if undefined(column, row):
         return "n/a"
     if not found:
         return "not run"
-    runs = list(found.values())
-    spread = f" ± {number(statistics.stdev(runs), column)}" if len(runs) > 1 else ""
-    return f"{number(statistics.mean(runs), column)}{spread} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
+    mean, spread, runs = summary(found)
+    if runs == 1:
+        return f"{number(mean, column)} (1 run)"
+    return f"{number(mean, column)} ± {number(spread, column)} ({runs} runs)"
 
 
 def format_gap(column, reference, row, ours, theirs):
@@ -457,7 +477,9 @@ def format_gap(column, reference, row, ours, theirs):
     if gap is None:
         return text + "one pair, no interval"
     mean, low, high = (number(value, column, "+") for value in gap)
-    return text + f"{mean}, 95 % interval [{low}, {high}]" + (", inside the noise" if gap[1] <= 0 <= gap[2] else "")
+    over = "folds" if len({fold for fold, _ in ours}) > 1 else "the seeds of one split"
+    noise = ", inside the noise" if gap[1] <= 0 <= gap[2] else ""
+    return text + f"{mean}, 95 % interval over {over} [{low}, {high}]{noise}"
 
 
 def format_table(table, records, base, synthetic):
@@ -488,7 +510,7 @@ def format_table(table, records, base, synthetic):
 
 
 def run_missing(table, base, args):
-    """Train what the table lacks, teachers included; returns the results that may stand in it."""
+    """Train what the table lacks, teachers included; the results that may stand in it, and why others are missing."""
     usable, problems = [], []
     for dataset, classes in dict.fromkeys((column.dataset, column.classes) for column in table.columns):
         try:
@@ -511,25 +533,29 @@ def run_missing(table, base, args):
                         **identity(choice, state)}
                 done = [r for r in records if all(r.get(k) == v for k, v in want.items())]
                 usable.append(done[-1] if done else distil(path, choice, args, keep_student=False))
-    if not usable:
-        raise UserError("; ".join(problems))
-    print("\n".join(problems), file=sys.stderr, end="\n" if problems else "")
-    return usable
+    return usable, problems
 
 
 def ensure_teachers(dataset, classes, args):
-    """(path, state) of each fold's teacher for a table; what is missing is trained with train_teacher.py's defaults."""
+    """(path, state) of each fold's teacher for a table. What is missing is trained like those that are there, or with
+    train_teacher.py's defaults."""
     flags = ["--dataset", dataset, "--fold", "all", "--out", str(args.out), "--workers", str(args.workers), "--resume"]
     flags += ["--synthetic"] * args.synthetic + ["--amp"] * args.amp
     flags += ["--root", args.root] if args.root else []
     flags += ["--classes", str(classes)] if dataset.startswith("biovid") else []
     teacher_args = parse_teacher(flags)
     teacher_args.device = args.device
-    settings, folds = teacher_settings(teacher_args)
+    defaults, folds = teacher_settings(teacher_args)
+    paths = [run_folder({**defaults, "fold": fold}, args.out) / "teacher.pt" for fold in folds]
+    there = [load(path, "teacher")["settings"] for path in paths if path.exists()]
+    settings = {**defaults, **(there[0] if there else {}), "root": defaults["root"]}
+    teacher_args.amp = settings["amp"]
+    changed = [f"{key} {value}" for key, value in settings.items() if value != defaults.get(key) and key != "fold"]
+    if changed:
+        print(f"{dataset}: teachers with {', '.join(changed)}")
     found = []
-    for fold in folds:
+    for fold, path in zip(folds, paths, strict=True):
         fold_settings = {**settings, "fold": fold}
-        path = run_folder(fold_settings, args.out) / "teacher.pt"
         if not path.exists():
             train_teacher.train_teacher(fold_settings, teacher_args)
         state = load(path, "teacher")
@@ -544,6 +570,7 @@ def for_features(table, path):
     metrics = ["accuracy"] if source.task == "classification" else ["valence", "arousal"]
     classes = source.outputs if source.task == "classification" else "va"
     changes = [c.change for c in table.columns if c.dataset == table.columns[0].dataset and c.metric == "accuracy"]
+    changes = [change for n, change in enumerate(changes) if change not in changes[:n]]
     columns = [Column(", ".join([*(f"{k} = {v}" for k, v in change.items()), f"{Path(path).stem} {metric}"]),
                       "features", classes, metric, change) for metric in metrics for change in changes or [{}]]
     return Table(table.title, columns, [Row(row.label, row.ours) for row in table.rows if row.ours is not None])
@@ -562,9 +589,14 @@ def print_table(name, base, args):
     if args.root and len({column.dataset for column in table.columns}) > 1:
         raise UserError(f"--root {args.root}: {table.title} is of several data sets; say which one with --dataset")
     begin = time.time()
-    records = run_missing(table, base, args)
+    records, problems = run_missing(table, base, args)
     print(format_table(table, records, base, any(r["synthetic"] for r in records)))
-    print(f"{time.time() - begin:.0f} s on {args.device}, torch {torch.__version__}")
+    students = [r["seconds"] for r in records if r["role"] == "student"]
+    print(f"{time.time() - begin:.0f} s on {args.device}, torch {torch.__version__}; "
+          f"{len(students)} students took {sum(students):.0f} s, whenever trained")
+    if not records:
+        raise UserError("; ".join(problems))
+    print("\n".join(problems), file=sys.stderr, end="\n" if problems else "")
     return table, records
 
 
@@ -572,12 +604,13 @@ def draw_figure(name, base, args):
     """Figures 6 and 7: the grid on the screen and as csv, and as png if matplotlib is installed."""
     (title, columns, rows), records = print_table(name, base, args)
     synthetic = any(r["synthetic"] for r in records)
-    means = [[statistics.mean(v) if (v := values(records, column, row, base).values()) else None for column in columns]
-             for row in rows]
+    cells = [[summary(values(records, column, row, base)) for column in columns] for row in rows]
     path = args.out / "-".join([f"figure{name}", *([args.dataset] if args.dataset else []), *["synthetic"] * synthetic])
     with open(path.with_suffix(".csv"), "w", newline="") as file:
-        csv.writer(file).writerow(["SYNTHETIC" if synthetic else "", *(column.heading for column in columns)])
-        csv.writer(file).writerows([row.label, *mean] for row, mean in zip(rows, means, strict=True))
+        write = csv.writer(file).writerow
+        write(["SYNTHETIC" if synthetic else "", *chain(*((column.heading, "sd", "runs") for column in columns))])
+        for row, found in zip(rows, cells, strict=True):
+            write([row.label, *chain(*found)])
     print(path.with_suffix(".csv"))
     try:
         from matplotlib import pyplot
@@ -587,9 +620,10 @@ def draw_figure(name, base, args):
     units = ["accuracy (%)" if column.metric == "accuracy" else "CCC" for column in columns]
     panels = list(dict.fromkeys(units))  # valence and arousal share one
     figure, axes = pyplot.subplots(1, len(panels), squeeze=False, figsize=(5 * len(panels), 4), layout="constrained")
-    for column, unit, series in zip(columns, units, zip(*means, strict=True), strict=True):
+    for column, unit, series in zip(columns, units, zip(*cells, strict=True), strict=True):
         axis = axes[0, panels.index(unit)]
-        axis.plot([row.label.split()[-1] for row in rows], series, marker="o", label=column.heading)
+        mean, spread, _ = zip(*series, strict=True)
+        axis.errorbar([row.label.split()[-1] for row in rows], mean, spread, marker="o", label=column.heading)
         axis.set_xlabel(rows[0].label.rpartition(" ")[0])
         axis.set_ylabel(unit)
         axis.legend()
@@ -644,22 +678,20 @@ def benchmark(args):
 
     torch.manual_seed(0)
     settings = {**TEACHER_DEFAULTS["biovid_b"], "dataset": "biovid_b", "task": "classification", "outputs": 2}
-    student = models.student(settings).to(device)
+    student = models.student(settings).to(device).requires_grad_(False)
+    optimizer = torch.optim.Adam(student.head.requires_grad_(True).parameters(), lr=1e-4, fused=True)
     visual = torch.randn(rows, 1, models.D, device=device)
-    label, z_t = torch.randint(2, (rows,), device=device), torch.randn(rows, models.D, device=device)
-    optimizer = torch.optim.Adam(student.head.parameters(), lr=1e-4, fused=True)
+    z_t = torch.randn(rows, models.D, device=device)
+    targets = torch.randint(2, (rows,), device=device), z_t, z_t  # a label; the second is for KL alone
 
-    def step(batch):
-        output_s, z_s = student.fuse(visual[batch])
-        loss = task_loss(output_s, label[batch]) + 0.4 * pkdot_loss(z_s, z_t[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    def train(size, samples):
+        batches = torch.randperm(samples).to(device).split(size)[:samples // size]
+        train_epoch(student.fuse, [(i, visual[i]) for i in batches], targets, optimizer, DEFAULTS, 30)
 
-    z = torch.randn(b, models.D, device=device, requires_grad=True)
-    steps = {len(i): seconds(lambda i=i: step(i)) for i in map(torch.arange, (32, 64, b, 256))}
-    whole, ot = steps[b], seconds(lambda: pkdot_loss(z, z_t[:b]).backward())
-    epoch = seconds(lambda: [step(batch) for batch in torch.randperm(rows).split(b)[:-1]], 1)
+    z_s = student.fuse(visual[:b])[1].detach().requires_grad_()
+    steps = {size: seconds(lambda size=size: train(size, size)) for size in (32, 64, b, 256)}
+    whole, ot = steps[b], seconds(lambda: pkdot_loss(z_s, z_t[:b]).backward())
+    epoch = seconds(lambda: train(b, rows), 1)
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians\n"
           f"distillation step on cached features, b {b}, multimodal transformer: {1e3 * whole:.1f} ms, of which "
           f"pkdot_loss forward and backward {1e3 * ot:.1f} ms ({ot / whole:.0%})\n"
