@@ -33,7 +33,7 @@ def pkdot_loss(student, teacher, k=30, epsilon=0.1, debias=True, anchors="dissim
     k: anchors per row, 1..b. epsilon: weight of the entropic term in Eq. 5, in units of the ground cost 1/2 |x - y|^2.
     debias: Sinkhorn divergence (zero when student equals teacher); False is Eq. 5 to the letter.
     anchors: "dissimilar" takes each row's k least similar samples in the teacher (the paper), "similar" the k most
-    similar, "random" k at random (drawn from torch's global generator).
+    similar (itself among them), "random" k at random (drawn from torch's global generator).
     Returns a scalar, in float32 even under autocast (float64 if given). Raises ValueError.
     """
     if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):

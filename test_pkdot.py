@@ -680,6 +680,17 @@ def public_i3d():
     return state
 
 
+@pytest.mark.parametrize("make", [models.R3D18, models.I3D])
+def test_video_under_autocast_gives_nearly_the_same_features(make):
+    backbone = make().eval()
+    video = torch.randint(256, (2, 2, 3, 8, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        plain = backbone(video)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = backbone(video).float()
+    assert (half - plain).norm() < 0.05 * plain.norm() and not torch.equal(half, plain)
+
+
 def test_i3d_has_the_public_parameters_and_loads_the_public_file():
     torch.manual_seed(0)
     i3d, state = models.I3D().eval(), public_i3d()
