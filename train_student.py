@@ -573,7 +573,8 @@ def for_features(table, path):
     changes = [change for n, change in enumerate(changes) if change not in changes[:n]]
     columns = [Column(", ".join([*(f"{k} = {v}" for k, v in change.items()), f"{Path(path).stem} {metric}"]),
                       "features", classes, metric, change) for metric in metrics for change in changes or [{}]]
-    return Table(table.title, columns, [Row(row.label, row.ours) for row in table.rows if row.ours is not None])
+    title = table.title.partition(",")[0]  # without the data set
+    return Table(title, columns, [Row(row.label, row.ours) for row in table.rows if row.ours is not None])
 
 
 def print_table(name, base, args):
