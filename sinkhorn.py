@@ -25,7 +25,7 @@ import torch
 
 BLOCK = 8  # sweeps between two looks at the error: each look makes the host wait for the device
 SAFE_DRIFT = 20  # |log u|, |log v| from where entries of the plan that underflowed may be missed
-EASY, FALL = 16, 4  # max|C| / epsilon up to which a cold start is best; how fast epsilon falls from there
+EASY, FALL = 8, 4  # max|C| / epsilon at which a fall starts (from 30 on u, v run too far at once); its ratio
 
 
 def sinkhorn(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
