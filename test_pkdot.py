@@ -1807,7 +1807,9 @@ def test_a_table_stands_on_the_teachers_that_are_there(two_views, tmp_path, caps
     assert call(train_teacher, f"{teacher} --fusion mmt --fold 2 --fusion-epochs 2") == 0
     table = f"--table 5 --dataset features --root {two_views} --out {tmp_path} --epochs 1 --device cpu --batch-size 64"
     assert call(train_student, table) == 0
-    assert "features: teachers with backbone_epochs 1, fusion_epochs 2, fusion mmt\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "features: teachers with backbone_epochs 1, fusion_epochs 2, fusion mmt\n" in out
+    assert "privileged, fusion mmt\n" in out
     folds = [train_teacher.load(path, "teacher")["settings"] for path in tmp_path.glob("features/*/fold*/teacher.pt")]
     assert len(folds) == 5 and {(s["fusion"], s["fusion_epochs"]) for s in folds} == {("mmt", 2)}
     assert call(train_teacher, f"{teacher} --fold 2 --fusion-epochs 2") == 0  # one of another kind beside them

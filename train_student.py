@@ -347,7 +347,7 @@ TABLE_I = {
     "biovid_a": "BioVid (A): visual (weak, prevalent) + EDA (strong, privileged), feature concatenation, SEW",
     "biovid_b": "BioVid (B): visual (strong, prevalent) + EMG (weak, privileged), multimodal transformer, WES",
     "affwild2": "Affwild2: visual (strong, prevalent) + audio (weak, privileged), joint cross attention, WES",
-    "features": "features file: visual (prevalent) + privileged, feature concatenation"}
+    "features": "features file: visual (prevalent) + privileged"}
 BIOVID_B = Column("BioVid (B) accuracy", "biovid_b", 2, "accuracy")
 VALENCE = Column("Affwild2 valence", "affwild2", "va", "valence")
 AROUSAL = Column("Affwild2 arousal", "affwild2", "va", "arousal")
@@ -487,6 +487,8 @@ def format_table(table, records, base, synthetic):
     title, columns, rows = table
     lines = [("SYNTHETIC DATA - " if synthetic else "") + title]
     lines += [TABLE_I[dataset] for dataset in dict.fromkeys(column.dataset for column in columns)]
+    if columns[0].dataset == "features":
+        lines[-1] += f", fusion {', '.join(sorted({record['fusion'] for record in records}))}"
     changed = [f"{key} {value}" for key, value in base.items() if value not in (None, DEFAULTS[key]) and key != "seed"]
     if changed:
         lines.append(f"with {', '.join(changed)}")
