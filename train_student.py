@@ -514,6 +514,7 @@ def format_table(table, records, base, synthetic):
 def run_missing(table, base, args):
     """Train what the table lacks, teachers included; the results that may stand in it, and why others are missing."""
     usable, problems = [], []
+    records = [] if args.fresh else read_results(args.out / "results.jsonl")
     for dataset, classes in dict.fromkeys((column.dataset, column.classes) for column in table.columns):
         try:
             teachers = ensure_teachers(dataset, classes, args)
@@ -528,7 +529,6 @@ def run_missing(table, base, args):
         for path, state in teachers:
             settings = state["settings"]
             usable += [result_line(settings, role, scores, 0) for role, scores in state["scores"].items()]
-            records = [] if args.fresh else read_results(args.out / "results.jsonl")
             for choice, seed in product(choices, range(args.seed, args.seed + args.seeds)):
                 choice = {**choice, "seed": seed}
                 want = {**{k: settings[k] for k in ("dataset", "synthetic", "fold")}, "role": "student",

@@ -231,8 +231,9 @@ def same_settings(state, settings, path):
     for key in settings.keys() | state["settings"].keys():
         old, new = state["settings"].get(key), settings.get(key)
         if old != new:
-            raise UserError(f"{path} was trained with {key} {old}, not {new}; use the same flags, give another --out, "
-                            "or train again without --resume")
+            again = ", or train again without --resume" if key != "root" else ""
+            raise UserError(f"{path} was trained with {key} {old}, not {new}; use the same flags, or another --out"
+                            + again)
 
 
 # ---------------------------------------------------------------------------------------------------- the two stages
