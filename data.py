@@ -581,7 +581,8 @@ class Features:
         self.name, self.split = over_rows("name", sample.astype(str)), arrays.get("split")
         if self.split is not None:
             if not set(self.split) <= {"train", "test"}:
-                raise UserError(f"{path}: split holds {', '.join(sorted(set(self.split))[:4])}; expected 'train' and 'test'")
+                found = ", ".join(sorted(set(self.split))[:4])
+                raise UserError(f"{path}: split holds {found}; expected train and test")
             self.split = over_rows("split", None)
         self.backbones = str(arrays.get("backbones", ""))  # which weights stage 2 made the file with
         if labelled and self.task == "regression":
