@@ -126,15 +126,15 @@ def test_value_and_plan_of_the_plain_loop():
     assert sinkhorn_divergence(x, y, 0.1, debias=False).item() == pytest.approx(xy, abs=1e-6)
 
 
-@pytest.mark.parametrize("epsilon", [0.2, 0.02])  # cost / epsilon to 80, and to 1,000 in the harder problems alone
-def test_batch_is_the_loop(epsilon):
+@pytest.mark.parametrize("epsilon, spread", [(0.2, 5), (0.02, 2)])  # epsilon falls further for the harder problems
+def test_batch_is_the_loop(epsilon, spread):
     x, y = points(2, 3, 10, 4), points(2, 3, 8, 4, seed=1)
-    x[1] *= 2
+    x[1] *= spread
     divergence, cost = sinkhorn_divergence(x, y, epsilon), ot_cost(squared(x, y), epsilon)
     for i in range(2):
         for j in range(3):
-            assert torch.allclose(divergence[i, j], sinkhorn_divergence(x[i, j], y[i, j], epsilon), atol=1e-5)
-            assert torch.allclose(cost[i, j], ot_cost(squared(x[i, j], y[i, j]), epsilon), atol=1e-5)
+            assert torch.allclose(divergence[i, j], sinkhorn_divergence(x[i, j], y[i, j], epsilon), atol=1e-6)
+            assert torch.allclose(cost[i, j], ot_cost(squared(x[i, j], y[i, j]), epsilon), atol=1e-6)
 
 
 @pytest.mark.parametrize("debias", [True, False])
@@ -189,7 +189,7 @@ def test_zero_for_equal_clouds(dtype):
     x = points(30, 5, dtype=dtype).requires_grad_()
     value = sinkhorn_divergence(x, x.detach().flip(0), 0.1)
     value.backward()
-    assert abs(value.item()) < 1e-5 and x.grad.abs().sum() < 2e-4
+    assert abs(value.item()) < 1e-5 and x.grad.abs().sum() < 1e-4
     assert sinkhorn_divergence(x, x.detach(), 0.1, debias=False).item() > 0.1  # the entropic bias it removes
 
 
