@@ -25,7 +25,7 @@ import torch
 
 BLOCK = 8  # sweeps between two looks at the error: each look makes the host wait for the device
 SAFE_DRIFT = 20  # |log u|, |log v| from where entries of the plan that underflowed may be missed
-EASY, FALL = 8, 4  # max|C| / epsilon at which a fall starts (from 30 on u, v run too far at once); its ratio
+EASY = 10  # max|C| / epsilon where the way down starts: 4 to 16 do as well, from 20 on u, v run too far at once
 
 
 def sinkhorn(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
@@ -116,45 +116,56 @@ def _solve(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
     A sweep v = b / (P^T u), u = a / (P v) is two matrix-vector products on the current plan P. After a
     block of them u, v go into the log scalings phi = f / epsilon + log a, gamma = g / epsilon + log b, and
     P is computed afresh (Schmitzer 2019). Where u, v ran too far for P's floating-point range, log-domain
-    sweeps replace the block. A small epsilon is reached from a large one (Schmitzer's epsilon scaling): a
-    block each at 64, 16, 4 times epsilon, say, whose f, g are a good start for the next.
+    sweeps replace the block. A small epsilon is reached from a large one (Schmitzer's epsilon scaling): after
+    each block it falls by what a sweep took off the error, and f, g follow on the line through the last two.
     """
     cost, a, b, scale = _checked(cost, epsilon, a, b)
     unit = torch.finfo(cost.dtype).eps
-    tol = max(tol, 4 * unit * scale / epsilon)
+    tol = max(tol, 3 * unit * scale / epsilon)
     a, b = (w.clamp(min=unit ** 2).unsqueeze(-1) for w in (a, b))  # points of no weight have a potential
-    levels = round(math.log(max(scale / epsilon / EASY, 1), FALL))  # of epsilon above the one asked for
     log_a, log_b = a.log(), b.log().mT  # (..., n, 1), (..., 1, m)
-    log_kernel = cost / (-epsilon * FALL**levels)  # (..., n, m)
 
     def fresh():
         return _exp_((log_kernel + phi).add_(gamma)), torch.ones_like(phi), torch.ones_like(b)
 
+    level = scale / EASY if scale > 2 * EASY * epsilon else epsilon  # epsilon, on its way down
+    level_above, f_above, g_above = math.inf, 0.0, 0.0
+    log_kernel = cost / -level  # (..., n, m)
     phi, gamma = log_a - log_kernel.amax(-1, keepdim=True), log_b  # f = min_j C_ij, g = 0: no row underflows
     omega, error, sweeps = 1.0, math.inf, 0
     while True:
         sweeps += BLOCK
         plan, u, v = fresh()
-        for w in (BLOCK - 1) * [omega] + [1.0]:  # the last is plain: then rows are exact,
-            v = _scaling(v, b, plan.mT @ u, w)
-            u = _scaling(u, a, plan @ v, w)
-        log_u, log_v = u.log(), v.log().mT
-        drift = torch.maximum(log_u.abs().max(), log_v.abs().max())
-        previous, error = error, _l1(v * (plan.mT @ u) - b)  # and the columns hold all of the error
-        error = torch.where(drift < SAFE_DRIFT, error, math.inf).item()
-        if error < math.inf:
-            phi, gamma = phi + log_u, gamma + log_v
+        for _ in range(BLOCK - 1):
+            v = _scaling(v, b, plan.mT @ u, omega)
+            u = _scaling(u, a, plan @ v, omega)
+        columns = plan.mT @ u
+        before = _l1(v * columns - b)
+        plain_v = b / columns
+        plain_u = a / (plan @ plain_v)  # after a plain sweep rows are exact, and the columns hold all of the error
+        after = _l1(plain_v * (plan.mT @ plain_u) - b)
+        drift = torch.cat((plain_u, plain_v), -2).log().abs().max()
+        before, after, drift = torch.stack((before, after, drift)).tolist()
+        if drift < SAFE_DRIFT:
+            if omega == 1 or after <= tol or sweeps >= max_iter:  # else it would break the over-relaxed ones' run
+                u, v = plain_u, plain_v
+            phi, gamma = phi + u.log(), gamma + v.log().mT
         else:
             for _ in range(BLOCK):
                 gamma = log_b - (log_kernel + phi).logsumexp(-2, keepdim=True)
                 phi = log_a - (log_kernel + gamma).logsumexp(-1, keepdim=True)
             plan, u, v = fresh()
-            error = _l1(plan.mT @ u - b).item()
-        if levels:
-            levels, error, log_kernel = levels - 1, math.inf, FALL * log_kernel
-            phi, gamma = FALL * (phi - log_a) + log_a, FALL * (gamma - log_b) + log_b  # the same f, g
+            omega, before, after = 1.0, math.inf, _l1(plan.mT @ u - b).item()
+        previous, error = error, after
+        if level > epsilon:
+            lower = max(epsilon, level * min(error ** (1 / BLOCK), 0.8))
+            f, g = level * (phi - log_a), level * (gamma - log_b)
+            t = (level - lower) / (level_above - level)  # 0 at first
+            phi, gamma = (f + t * (f - f_above)) / lower + log_a, (g + t * (g - g_above)) / lower + log_b
+            log_kernel = cost / -lower
+            level_above, f_above, g_above, level = level, f, g, lower
         elif error > tol and sweeps < max_iter:
-            omega = _over_relaxation(omega, error, previous)
+            omega = _over_relaxation(omega, error / before if omega == 1 else (error / previous) ** (1 / (BLOCK - 1)))
         else:
             break
     _warn_above(tol, error, sweeps, epsilon)
@@ -167,14 +178,14 @@ def _scaling(u, a, marginal, omega):
     return a / marginal if omega == 1 else (a / (u * marginal)).pow_(omega).mul_(u)
 
 
-def _over_relaxation(omega, error, previous):
-    """The next block's omega. Near the optimum a sweep is a Gauss-Seidel step; if the plain one converges
-    at rate r, omega = 2 / (1 + sqrt(1 - r)) is best, and turns hundreds of sweeps into tens (Lehmann et al.
-    2022). Young's (1954) (rate + omega - 1)^2 = r omega^2 rate gives r from the rate just seen. Plain again
-    after an increase."""
-    if not 0 < error < previous < math.inf:
+def _over_relaxation(omega, rate):
+    """The next block's omega, from the last one's and the rate it converged at. Near the optimum a sweep is a
+    Gauss-Seidel step; if the plain one converges at rate r, omega = 2 / (1 + sqrt(1 - r)) is best, and turns
+    hundreds of sweeps into tens (Lehmann et al. 2022). Young's (1954) (rate + omega - 1)^2 = r omega^2 rate
+    gives r. Plain again after an increase."""
+    if not 0 < rate < 1:
         return 1.0
-    rate = max((error / previous) ** (1 / BLOCK), omega - 1)
+    rate = max(rate, omega - 1)
     plain_rate = min((rate + omega - 1) ** 2 / (rate * omega ** 2), 0.9999)  # keeps omega below 1.98
     return 2 / (1 + math.sqrt(1 - plain_rate))
 
@@ -204,8 +215,8 @@ def _solve_symmetric(cost, epsilon, tol=1e-5, max_iter=200):
 
 
 def _exp_(x):
-    """exp in place, below about 1e-30 set to 0: subnormal numbers slow a CPU's matrix products tenfold."""
-    return torch.nn.functional.threshold_(x, 0.8 * math.log(torch.finfo(x.dtype).tiny), -math.inf).exp_()
+    """exp in place, at least about 1e-30: subnormal numbers slow a CPU's matrix products tenfold."""
+    return x.clamp_(min=0.8 * math.log(torch.finfo(x.dtype).tiny)).exp_()
 
 
 def _l1(residual):
