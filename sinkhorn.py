@@ -23,7 +23,7 @@ import warnings
 
 import torch
 
-BLOCK = 8  # sweeps between two looks at the error: each look makes the host wait for the device
+BLOCK = 7  # sweeps between two looks at the error: each look makes the host wait for the device
 SAFE_DRIFT = 20  # |log u|, |log v| from where entries of the plan that underflowed may be missed
 EASY = 10  # max|C| / epsilon where the way down starts: 4 to 16 do as well, from 20 on u, v run too far at once
 
@@ -91,8 +91,8 @@ class _Divergence(torch.autograd.Function):
             value = gap.square().sum((-2, -1)) / 2 + f.mean(-1) + g.mean(-1)  # Eq. 5, its dual
             dx, dy = (x + gap) / x.shape[-2] - plan @ y, (y - gap) / y.shape[-2] - plan.mT @ x
             for points, gradient in ((x, dx), (y, dy)) if debias else ():
-                plan, f, g, _ = _solve_symmetric(_half_squared_distances(points, points), epsilon)
-                value -= (f.mean(-1) + g.mean(-1)) / 2
+                plan, f, _ = _solve_symmetric(_half_squared_distances(points, points), epsilon)
+                value -= f.mean(-1)
                 gradient -= points / points.shape[-2] - plan @ points
         ctx.save_for_backward(dx, dy)
         return value
@@ -123,15 +123,22 @@ def _solve(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
     unit = torch.finfo(cost.dtype).eps
     tol = max(tol, 3 * unit * scale / epsilon)
     a, b = (w.clamp(min=unit ** 2).unsqueeze(-1) for w in (a, b))  # points of no weight have a potential
-    log_a, log_b = a.log(), b.log().mT  # (..., n, 1), (..., 1, m)
+    shape, sizes = cost.shape[:-2], cost.shape[-2:]
+    log_w = torch.cat((a.expand(*shape, -1, 1), b.expand(*shape, -1, 1)), -2).log()  # (..., n + m, 1): log a, log b
+    ones = torch.ones_like(log_w).split(sizes, -2)
+
+    def lowered(level):
+        return level if level > 2 * epsilon else epsilon
 
     def fresh():
-        return _exp_((log_kernel + phi).add_(gamma)), torch.ones_like(phi), torch.ones_like(b)
+        phi, gamma = scalings.split(sizes, -2)
+        return _exp_((log_kernel + phi).add_(gamma.mT)), *ones
 
-    level = scale / EASY if scale > 2 * EASY * epsilon else epsilon  # epsilon, on its way down
-    level_above, f_above, g_above = math.inf, 0.0, 0.0
+    level = lowered(scale / EASY)  # epsilon, on its way down
+    level_above, potentials_above = math.inf, 0.0
     log_kernel = cost / -level  # (..., n, m)
-    phi, gamma = log_a - log_kernel.amax(-1, keepdim=True), log_b  # f = min_j C_ij, g = 0: no row underflows
+    scalings = log_w.clone()
+    scalings[..., :sizes[0], :] -= log_kernel.amax(-1, keepdim=True)  # f = min_j C_ij, g = 0: no row underflows
     omega, error, sweeps = 1.0, math.inf, 0
     while True:
         sweeps += BLOCK
@@ -139,37 +146,36 @@ def _solve(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
         for _ in range(BLOCK - 1):
             v = _scaling(v, b, plan.mT @ u, omega)
             u = _scaling(u, a, plan @ v, omega)
-        columns = plan.mT @ u
-        before = _l1(v * columns - b)
-        plain_v = b / columns
+        plain_v = b / (plan.mT @ u)
         plain_u = a / (plan @ plain_v)  # after a plain sweep rows are exact, and the columns hold all of the error
-        after = _l1(plain_v * (plan.mT @ plain_u) - b)
-        drift = torch.cat((plain_u, plain_v), -2).log().abs().max()
-        before, after, drift = torch.stack((before, after, drift)).tolist()
-        if drift < SAFE_DRIFT:
-            if omega == 1 or after <= tol or sweeps >= max_iter:  # else it would break the over-relaxed ones' run
-                u, v = plain_u, plain_v
-            phi, gamma = phi + u.log(), gamma + v.log().mT
-        else:
+        moved = torch.cat((plain_u, plain_v), -2).log()
+        looked = torch.stack((_l1(plain_v * (plan.mT @ plain_u) - b), moved.abs().max()))
+        previous, (error, drift) = error, looked.tolist()
+        if not drift < SAFE_DRIFT:
+            phi, gamma = scalings.split(sizes, -2)
             for _ in range(BLOCK):
-                gamma = log_b - (log_kernel + phi).logsumexp(-2, keepdim=True)
-                phi = log_a - (log_kernel + gamma).logsumexp(-1, keepdim=True)
+                gamma = log_w[..., sizes[0]:, :] - (log_kernel + phi).logsumexp(-2).unsqueeze(-1)
+                phi = log_w[..., :sizes[0], :] - (log_kernel + gamma.mT).logsumexp(-1, keepdim=True)
+            scalings = torch.cat((phi, gamma), -2)
             plan, u, v = fresh()
-            omega, before, after = 1.0, math.inf, _l1(plan.mT @ u - b).item()
-        previous, error = error, after
+            omega, error = 1.0, _l1(plan.mT @ u - b).item()
+        elif omega == 1 or error <= tol or sweeps >= max_iter:
+            scalings, u, v = scalings + moved, plain_u, plain_v
+        else:  # a plain sweep would break the over-relaxed ones' run
+            scalings = scalings + torch.cat((u, v), -2).log()
         if level > epsilon:
-            lower = max(epsilon, level * min(error ** (1 / BLOCK), 0.8))
-            f, g = level * (phi - log_a), level * (gamma - log_b)
+            lower = lowered(level * min(error ** (1 / BLOCK), 0.8))
             t = (level - lower) / (level_above - level)  # 0 at first
-            phi, gamma = (f + t * (f - f_above)) / lower + log_a, (g + t * (g - g_above)) / lower + log_b
-            log_kernel = cost / -lower
-            level_above, f_above, g_above, level = level, f, g, lower
+            potentials = level * (scalings - log_w)
+            scalings = (potentials + t * (potentials - potentials_above)) / lower + log_w
+            log_kernel, error = cost / -lower, math.inf
+            level_above, potentials_above, level = level, potentials, lower
         elif error > tol and sweeps < max_iter:
-            omega = _over_relaxation(omega, error / before if omega == 1 else (error / previous) ** (1 / (BLOCK - 1)))
+            omega = _over_relaxation(omega, error, previous)
         else:
             break
     _warn_above(tol, error, sweeps, epsilon)
-    f, g = epsilon * (phi - log_a).squeeze(-1), epsilon * (gamma - log_b).squeeze(-2)
+    f, g = (epsilon * (scalings - log_w)).squeeze(-1).split(sizes, -1)
     return plan.mul_(u).mul_(v.mT), f, g, sweeps
 
 
@@ -178,14 +184,16 @@ def _scaling(u, a, marginal, omega):
     return a / marginal if omega == 1 else (a / (u * marginal)).pow_(omega).mul_(u)
 
 
-def _over_relaxation(omega, rate):
-    """The next block's omega, from the last one's and the rate it converged at. Near the optimum a sweep is a
-    Gauss-Seidel step; if the plain one converges at rate r, omega = 2 / (1 + sqrt(1 - r)) is best, and turns
-    hundreds of sweeps into tens (Lehmann et al. 2022). Young's (1954) (rate + omega - 1)^2 = r omega^2 rate
-    gives r. Plain again after an increase."""
-    if not 0 < rate < 1:
+def _over_relaxation(omega, error, previous):
+    """The next block's omega. Near the optimum a sweep is a Gauss-Seidel step; if the plain one converges
+    at rate r, omega = 2 / (1 + sqrt(1 - r)) is best, and turns hundreds of sweeps into tens (Lehmann et al.
+    2022). Young's (1954) (rate + omega - 1)^2 = r omega^2 rate gives r from the rate just seen; 1.6 is a first
+    guess. Plain again after an increase."""
+    if not error < previous:
         return 1.0
-    rate = max(rate, omega - 1)
+    if previous == math.inf:
+        return 1.6
+    rate = max((error / previous) ** (1 / BLOCK), omega - 1)
     plain_rate = min((rate + omega - 1) ** 2 / (rate * omega ** 2), 0.9999)  # keeps omega below 1.98
     return 2 / (1 + math.sqrt(1 - plain_rate))
 
@@ -210,8 +218,8 @@ def _solve_symmetric(cost, epsilon, tol=1e-5, max_iter=200):
         v = (kernel @ u).reciprocal()  # rows exact, as in `_solve`
         error = _l1((u / v - 1) / n).item()
     _warn_above(tol, error, sweeps, epsilon)
-    f, g = epsilon * v.log().squeeze(-1), epsilon * u.log().squeeze(-1)
-    return kernel.mul_(v / n).mul_(u.mT), f, g, sweeps
+    f = epsilon / 2 * (u * v).log().squeeze(-1)
+    return kernel.mul_(v / n).mul_(u.mT), f, sweeps
 
 
 def _exp_(x):
