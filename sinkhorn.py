@@ -113,32 +113,28 @@ def _half_squared_distances(x, y):
 def _solve(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
     """Plan (..., n, m), f (..., n), g (..., m), sweeps done.
 
-    A sweep v = b / (P^T u), u = a / (P v) is two matrix-vector products on the current plan P. After a
-    block of them u, v go into the log scalings phi = f / epsilon + log a, gamma = g / epsilon + log b, and
-    P is computed afresh (Schmitzer 2019). Where u, v ran too far for P's floating-point range, log-domain
-    sweeps replace the block. A small epsilon is reached from a large one (Schmitzer's epsilon scaling): after
-    each block it falls by what a sweep took off the error, and f, g follow on the line through the last two.
+    A sweep v = b / (P^T u), u = a / (P v) is two matrix-vector products on the current plan P. After a block
+    of them log u, log v go into f / epsilon, g / epsilon, and P is computed afresh (Schmitzer 2019). Where u,
+    v ran too far for P's floating-point range, log-domain sweeps replace the block. A small epsilon is reached
+    from a large one (Schmitzer's epsilon scaling), `level` on its way down: after each block it falls by what a
+    sweep took off the error, and f, g, which move about linearly with it, go on in the same direction.
     """
     cost, a, b, scale = _checked(cost, epsilon, a, b)
     unit = torch.finfo(cost.dtype).eps
     tol = max(tol, 3 * unit * scale / epsilon)
     a, b = (w.clamp(min=unit ** 2).unsqueeze(-1) for w in (a, b))  # points of no weight have a potential
-    shape, sizes = cost.shape[:-2], cost.shape[-2:]
-    log_w = torch.cat((a.expand(*shape, -1, 1), b.expand(*shape, -1, 1)), -2).log()  # (..., n + m, 1): log a, log b
-    ones = torch.ones_like(log_w).split(sizes, -2)
+    log_a, log_b, sizes = a.log(), b.log().mT, cost.shape[-2:]  # (..., n, 1), (..., 1, m), (n, m)
 
     def lowered(level):
         return level if level > 2 * epsilon else epsilon
 
     def fresh():
-        phi, gamma = scalings.split(sizes, -2)
-        return _exp_((log_kernel + phi).add_(gamma.mT)), *ones
+        f, g = (potentials / level).split(sizes, -2)
+        plan = _exp_((cost / -level).add_(f + log_a).add_(g.mT + log_b))
+        return plan, torch.ones_like(f), torch.ones_like(g)
 
-    level = lowered(scale / EASY)  # epsilon, on its way down
-    level_above, potentials_above = math.inf, 0.0
-    log_kernel = cost / -level  # (..., n, m)
-    scalings = log_w.clone()
-    scalings[..., :sizes[0], :] -= log_kernel.amax(-1, keepdim=True)  # f = min_j C_ij, g = 0: no row underflows
+    level, level_above, above = lowered(scale / EASY), math.inf, 0.0
+    potentials = torch.cat((cost.amin(-1), torch.zeros_like(cost[..., 0, :])), -1).unsqueeze(-1)  # f, g: n + m rows
     omega, error, sweeps = 1.0, math.inf, 0
     while True:
         sweeps += BLOCK
@@ -149,33 +145,31 @@ def _solve(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
         plain_v = b / (plan.mT @ u)
         plain_u = a / (plan @ plain_v)  # after a plain sweep rows are exact, and the columns hold all of the error
         moved = torch.cat((plain_u, plain_v), -2).log()
-        looked = torch.stack((_l1(plain_v * (plan.mT @ plain_u) - b), moved.abs().max()))
-        previous, (error, drift) = error, looked.tolist()
+        look = torch.stack((_l1(plain_v * (plan.mT @ plain_u) - b), moved.abs().max()))
+        previous, (error, drift) = error, look.tolist()
         if not drift < SAFE_DRIFT:
-            phi, gamma = scalings.split(sizes, -2)
+            f, g = potentials.split(sizes, -2)
             for _ in range(BLOCK):
-                gamma = log_w[..., sizes[0]:, :] - (log_kernel + phi).logsumexp(-2).unsqueeze(-1)
-                phi = log_w[..., :sizes[0], :] - (log_kernel + gamma.mT).logsumexp(-1, keepdim=True)
-            scalings = torch.cat((phi, gamma), -2)
+                g = -level * ((f - cost) / level + log_a).logsumexp(-2).unsqueeze(-1)
+                f = -level * ((g.mT - cost) / level + log_b).logsumexp(-1, keepdim=True)
+            potentials = torch.cat((f, g), -2)
             plan, u, v = fresh()
             omega, error = 1.0, _l1(plan.mT @ u - b).item()
         elif omega == 1 or error <= tol or sweeps >= max_iter:
-            scalings, u, v = scalings + moved, plain_u, plain_v
-        else:  # a plain sweep would break the over-relaxed ones' run
-            scalings = scalings + torch.cat((u, v), -2).log()
+            potentials, u, v = potentials + level * moved, plain_u, plain_v
+        else:  # a plain sweep would stop the over-relaxed ones' swing
+            potentials = potentials + level * torch.cat((u, v), -2).log()
         if level > epsilon:
-            lower = lowered(level * min(error ** (1 / BLOCK), 0.8))
-            t = (level - lower) / (level_above - level)  # 0 at first
-            potentials = level * (scalings - log_w)
-            scalings = (potentials + t * (potentials - potentials_above)) / lower + log_w
-            log_kernel, error = cost / -lower, math.inf
-            level_above, potentials_above, level = level, potentials, lower
+            lower = lowered(level * min(error ** (1 / BLOCK), 0.8))  # down, even where the error stays near 1
+            step = (level - lower) / (level_above - level) * (potentials - above)  # 0 at first
+            potentials, above = potentials + step, potentials
+            level, level_above, error = lower, level, math.inf
         elif error > tol and sweeps < max_iter:
             omega = _over_relaxation(omega, error, previous)
         else:
             break
     _warn_above(tol, error, sweeps, epsilon)
-    f, g = (epsilon * (scalings - log_w)).squeeze(-1).split(sizes, -1)
+    f, g = potentials.squeeze(-1).split(sizes, -1)
     return plan.mul_(u).mul_(v.mT), f, g, sweeps
 
 
