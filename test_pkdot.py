@@ -256,21 +256,40 @@ def test_extreme_regimes(kind, ratio, scale, dtype):
     assert ours == pytest.approx((reference * cost.double().numpy()).sum() / scale, abs=max(2e-4, 2 * error))
 
 
-@pytest.mark.parametrize("epsilon, off", [(0.1, 1e-3), (0.01, 2e-2)])
-def test_a_hard_batch_converges(epsilon, off):
-    x, y = (z - z.mean(0) for z in sinkhorn_module._batch("two classes", 32))  # cost / epsilon to 4,000
+@pytest.mark.parametrize("kind, epsilon, max_iter, off", [
+    ("two classes", 0.1, 105, 1e-3), ("two classes", 0.01, 105, 2e-2),  # cost / epsilon to 4,000
+    ("clustered", 0.01, 200, 1e-3)])  # clusters nearly apart: the over-relaxed sweeps must not be stopped
+def test_a_hard_batch_converges(kind, epsilon, max_iter, off):
+    x, y = (z - z.mean(0) for z in sinkhorn_module._batch(kind, 32))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # not "stopped"
-        f, g = sinkhorn(squared(x, y), epsilon, max_iter=300)
+        f, g = sinkhorn(squared(x, y), epsilon, max_iter=max_iter)
     cost = squared(x.double(), y.double())
     plan, value, error = plain_sinkhorn(cost, epsilon, sweeps=50000, tol=1e-6)
     assert np.abs(transport_plan(cost, f.double(), g.double(), epsilon).numpy() - plan).sum() < off + error
     assert (f.double() + g.double()).mean().item() == pytest.approx(value, abs=1e-3)
 
 
+@pytest.mark.parametrize("safe_drift", [20, 0])  # 0: log-domain sweeps alone
+@pytest.mark.parametrize("epsilon", [1.0, 0.3])
+def test_log_domain_sweeps(safe_drift, epsilon, monkeypatch):
+    monkeypatch.setattr(sinkhorn_module, "SAFE_DRIFT", safe_drift)
+    cost, a, b = squared(points(2, 9, 3), points(2, 7, 3, seed=1)), weights(9), weights(7, seed=1)
+    f, g = sinkhorn(cost, epsilon, a, b, tol=1e-8)
+    for plan, one in zip(transport_plan(cost, f, g, epsilon, a, b), cost, strict=True):
+        assert np.abs(plan.numpy() - plain_sinkhorn(one, epsilon, a, b)[0]).sum() < 1e-7
+
+
+@pytest.mark.parametrize("n", [20, 60])
+def test_a_permutation_is_found(n):
+    best = torch.eye(n)[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
+    plan = transport_plan(1 - best, *sinkhorn(1 - best, 0.01), 0.01)  # entries fall from 1/n to e^-100 at once
+    assert torch.allclose(plan, best / n, atol=1e-6)
+
+
 def test_identical_points_and_one_point():
     same = torch.full((6, 3), 0.7)
-    assert sinkhorn_divergence(same, same, 1e-3).item() == 0
+    assert sinkhorn_divergence(same, same, 1e-3).item() == pytest.approx(0, abs=1e-9)
     assert sinkhorn_divergence(same, same + 2, 1e-3).item() == pytest.approx(6.0)
     x, y = torch.tensor([[1.0, 2.0]], requires_grad=True), torch.tensor([[4.0, -2.0]])
     value = sinkhorn_divergence(x, y, 0.01)
@@ -281,9 +300,10 @@ def test_identical_points_and_one_point():
 
 def test_warns_once_when_it_stops_early():
     cost = squared(points(50, 2), points(50, 2, seed=1))
-    with pytest.warns(UserWarning, match="marginal error") as caught:
-        sinkhorn(cost, 1e-3, max_iter=1)
-    assert len(caught) == 1
+    for too_hard in ({"cost": cost, "epsilon": 1e-3, "max_iter": 1}, {"cost": cost[:, :30].float(), "epsilon": 1e-8}):
+        with pytest.warns(UserWarning, match="marginal error") as caught:
+            sinkhorn(**too_hard)
+        assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sinkhorn(cost, 1.0)
