@@ -551,8 +551,8 @@ class Features:
             with np.load(path, allow_pickle=False) as file:
                 skip = () if privileged else ("privileged",)
                 arrays = {key: file[key] for key in file.files if key not in skip}
-        except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); {want}") from None
+        except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError):
+            raise UserError(f"{path}: cannot be read: not an .npz, damaged, or of pickled objects; {want}") from None
         modalities = ("visual", "privileged") if privileged else ("visual",)
         for key in (*modalities, "label") if labelled else modalities:
             if key not in arrays:

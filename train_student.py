@@ -608,7 +608,8 @@ def draw_figure(name, base, args):
     (title, columns, rows), records = print_table(name, base, args)
     synthetic = any(r["synthetic"] for r in records)
     cells = [[summary(values(records, column, row, base)) for column in columns] for row in rows]
-    path = args.out / "-".join([f"figure{name}", *([args.dataset] if args.dataset else []), *["synthetic"] * synthetic])
+    source = Path(args.root).stem if args.dataset == "features" else args.dataset
+    path = args.out / "-".join([f"figure{name}", *([source] if source else []), *["synthetic"] * synthetic])
     with open(path.with_suffix(".csv"), "w", newline="") as file:
         write = csv.writer(file).writerow
         write(["SYNTHETIC" if synthetic else "", *chain(*((column.heading, "sd", "runs") for column in columns))])
