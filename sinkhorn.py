@@ -116,8 +116,8 @@ def _solve(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
     A sweep v = b / (P^T u), u = a / (P v) is two matrix-vector products on the current plan P. After a block
     of them log u, log v go into f / epsilon, g / epsilon, and P is computed afresh (Schmitzer 2019). Where u,
     v ran too far for P's floating-point range, log-domain sweeps replace the block. A small epsilon is reached
-    from a large one (Schmitzer's epsilon scaling), `level` on its way down: after each block it falls by what
-    each sweep took off an error of 1, and f, g, which move about linearly with it, go on in the same direction.
+    from a large one (Schmitzer's epsilon scaling): each block multiplies `level` by error^(1 / BLOCK), little where
+    its sweeps converged fast, and f, g, which move about linearly with level, go on along that line.
     """
     cost, a, b, scale = _checked(cost, epsilon, a, b)
     unit = torch.finfo(cost.dtype).eps
@@ -135,7 +135,7 @@ def _solve(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
         return plan, torch.ones_like(f), torch.ones_like(g)
 
     level, level_above, potentials_above = snapped(scale / EASY), math.inf, 0.0
-    potentials = torch.cat((cost.amin(-1), torch.zeros_like(cost[..., 0, :])), -1).unsqueeze(-1)  # f, g: n + m rows
+    potentials = torch.cat((cost.amin(-1), torch.zeros_like(cost[..., 0, :])), -1).unsqueeze(-1)  # (..., n + m, 1)
     omega, error, sweeps = 1.0, math.inf, 0
     while True:
         sweeps += BLOCK
