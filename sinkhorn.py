@@ -116,8 +116,8 @@ def _solve(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
     A sweep v = b / (P^T u), u = a / (P v) is two matrix-vector products on the current plan P. After a block
     of them log u, log v go into f / epsilon, g / epsilon, and P is computed afresh (Schmitzer 2019). Where u,
     v ran too far for P's floating-point range, log-domain sweeps replace the block. A small epsilon is reached
-    from a large one (Schmitzer's epsilon scaling): each block multiplies `level` by error^(1 / BLOCK), little where
-    its sweeps converged fast, and f, g, which move about linearly with level, go on along that line.
+    from a large one (Schmitzer's epsilon scaling): after a block `level` falls to error^(1 / BLOCK) of itself,
+    the further the better the block converged, and f, g, about linear in it, go on along their line.
     """
     cost, a, b, scale = _checked(cost, epsilon, a, b)
     unit = torch.finfo(cost.dtype).eps
