@@ -314,8 +314,8 @@ def _rivals():
     rivals = {}
     if importlib.util.find_spec("geomloss"):
         from geomloss import SamplesLoss
-        loss = functools.partial(SamplesLoss, "sinkhorn", p=2, backend="tensorized")
-        rivals["geomloss"] = lambda x, y, eps: loss(blur=eps**0.5)(x, y)
+        loss = functools.cache(lambda eps: SamplesLoss("sinkhorn", p=2, blur=eps**0.5, backend="tensorized"))
+        rivals["geomloss"] = lambda x, y, eps: loss(eps)(x, y)
     if importlib.util.find_spec("ot"):
         import ot
         solve = functools.partial(ot.solve, max_iter=1000, tol=1e-5, grad="envelope")
