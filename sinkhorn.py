@@ -67,7 +67,8 @@ def sinkhorn_divergence(x, y, epsilon, debias=True):
 
     W is Eq. 5 with ground cost |x_i - y_j|^2 / 2. The debiased form (Feydy et al. 2019, the paper's [33])
     is 0, with gradient 0, up to rounding for equal clouds; debias=False is W(x, y), Eq. 5 to the letter.
-    Differentiable once, in x and y.
+    Differentiable once, in x and y. Marginals within 3 r (see `sinkhorn`) are coarse for nearly equal clouds at
+    a small epsilon, whose gradient is a small difference: use float64 there.
     ValueError: shapes that do not match, points that are not finite, epsilon <= 0. Warns as `sinkhorn` does.
     """
     if min(x.dim(), y.dim()) < 2 or x.shape[:-2] + x.shape[-1:] != y.shape[:-2] + y.shape[-1:]:
@@ -229,7 +230,7 @@ def _l1(residual):
 def _warn_above(tol, error, sweeps, epsilon):
     if not error <= tol:  # NaN too
         warnings.warn(f"Sinkhorn stopped at marginal error {error:.1e} > {tol:.1e} after {sweeps} sweeps, "
-                      f"epsilon={epsilon}", stacklevel=5)
+                      f"epsilon={epsilon}; raise epsilon, or use float64", stacklevel=5)
 
 
 def _checked(cost, epsilon, a, b):
@@ -380,5 +381,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--repeats", type=int, default=20, help="paired repetitions, at most 1.5 s a row")
     args = parser.parse_args()
+    if min(args.sizes) < 2 or args.threads < 1 or args.repeats < 1:
+        parser.error("--sizes must be 2 or more, --threads and --repeats 1 or more")
     torch.set_num_threads(args.threads)
     benchmark(args.sizes, args.repeats, "cuda" if torch.cuda.is_available() else "cpu")
