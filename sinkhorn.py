@@ -90,19 +90,22 @@ class _Divergence(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             plan, f, g, _ = _solve(_half_squared_distances(x, y), epsilon)
             value = gap.square().sum((-2, -1)) / 2 + f.mean(-1) + g.mean(-1)  # Eq. 5, its dual
-            dx, dy = (x + gap) / x.shape[-2] - plan @ y, (y - gap) / y.shape[-2] - plan.mT @ x
+            dx, dy = (x + gap) / x.shape[-2] - plan @ y, None
+            if ctx.needs_input_grad[1]:  # a teacher's points have none
+                dy = (y - gap) / y.shape[-2] - plan.mT @ x
             for points, gradient in ((x, dx), (y, dy)) if debias else ():
                 plan, f, _ = _solve_symmetric(_half_squared_distances(points, points), epsilon)
                 value -= f.mean(-1)
-                gradient -= points / points.shape[-2] - plan @ points
+                if gradient is not None:
+                    gradient -= points / points.shape[-2] - plan @ points
         ctx.save_for_backward(dx, dy)
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        dx, dy = ctx.saved_tensors
-        return grad[..., None, None] * dx, grad[..., None, None] * dy, None, None
+        dx, dy = (d if d is None else grad[..., None, None] * d for d in ctx.saved_tensors)
+        return dx, dy, None, None
 
 
 def _half_squared_distances(x, y):
