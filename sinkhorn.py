@@ -94,7 +94,7 @@ class _Divergence(torch.autograd.Function):
             if ctx.needs_input_grad[1]:  # a teacher's points have none
                 dy = (y - gap) / y.shape[-2] - plan.mT @ x
             for points, gradient in ((x, dx), (y, dy)) if debias else ():
-                plan, f, _ = _solve_symmetric(_half_squared_distances(points, points), epsilon)
+                plan, f = _solve_symmetric(_half_squared_distances(points, points), epsilon)
                 value -= f.mean(-1)
                 if gradient is not None:
                     gradient -= points / points.shape[-2] - plan @ points
@@ -199,8 +199,8 @@ def _over_relaxation(omega, error, previous):
 
 @torch.no_grad()
 def _solve_symmetric(cost, epsilon, tol=1e-5, max_iter=200):
-    """`_solve` for a cloud against itself: f = g = epsilon log u with u = 1 / (K u), K = exp(-C / epsilon)
-    / n.
+    """Plan (..., n, n) and f (..., n) of a cloud against itself: f = g = epsilon log u, u = 1 / (K u), where
+    K = exp(-C / epsilon) / n.
 
     The plain u -> v = 1 / (K u) swings around the solution; the mean of log v and log 1 / (K v) damps that
     (Knight, Ruiz, Ucar 2014). Together they shrink an eigenmode l of the positive operator by l (1 - l) / 2
@@ -218,7 +218,7 @@ def _solve_symmetric(cost, epsilon, tol=1e-5, max_iter=200):
         error = _l1((u / v - 1) / n).item()
     _warn_above(tol, error, sweeps, epsilon)
     f = epsilon / 2 * (u * v).log().squeeze(-1)
-    return kernel.mul_(v / n).mul_(u.mT), f, sweeps
+    return kernel.mul_(v / n).mul_(u.mT), f
 
 
 def _exp_(x):
