@@ -34,6 +34,15 @@ from pkdot import ccc, cosine_loss, cosine_similarity_matrix, kl_loss, mse_loss,
 from sinkhorn import ot_cost, sinkhorn, sinkhorn_divergence, transport_plan
 from train_teacher import score
 
+SCRIPTS = Path(train_student.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """No test reads or writes the user's runs/ and data/: whatever has no path of its own lands in a temporary one."""
+    monkeypatch.chdir(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------------------ sinkhorn
 
 
@@ -1466,9 +1475,9 @@ def equal(a, b):
 
 def test_the_last_line_is_the_answer(biovid_run):
     out = biovid_run.parents[2]
-    command = [sys.executable, "train_student.py", "--lambda", "0.4", "--k", "30", "--epochs", "2", "--workers", "0",
-               "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(train_student.__file__).parent)
+    command = [sys.executable, SCRIPTS / "train_student.py", "--lambda", "0.4", "--k", "30", "--epochs", "2",
+               "--workers", "0", "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     assert re.fullmatch(r"SYNTHETIC biovid_b fold 1, test, n = 4: visual only \(lower bound\) accuracy [\d.]+ % \| "
@@ -1633,7 +1642,9 @@ def test_each_method_learns_to_classify_from_one_view(method, views_run):
 
 
 @pytest.mark.parametrize("method", train_student.METHODS)
-def test_autocast_runs(method, views_run):
+def test_autocast_runs(method, views_run, monkeypatch):
+    """The path that --amp takes on CUDA, here on a CPU, where linear layers are right in bfloat16."""
+    monkeypatch.setattr(train_student, "choose_device", lambda name, amp: torch.device(name))
     out = views_run.parents[2]
     assert call(train_student, f"--out {out} --epochs 2 --amp --method {method} --device cpu") == 0
     assert results(out)[-1]["amp"] is True
@@ -1652,6 +1663,8 @@ BAD = [  # script, command line, what the one line must name
     (train_student, "--predict {tmp}/none --student {student}", ["{tmp}/none", "no such folder"]),
     (train_student, "--predict {tmp}", ["--student"]),
     (train_student, "--epsilon 0", ["--epsilon", "0"]),
+    (train_student, "--out {views} --amp --device cpu", ["--amp", "CUDA", "float32"]),
+    (train_teacher, "--dataset biovid_b --root {biovid} --amp --device cpu", ["--amp", "CUDA", "float32"]),
     (train_teacher, "--dataset mnist", ["mnist", "affwild2"]),
     (train_teacher, "--dataset biovid_b --root {tmp}", ["{tmp}/faces", "request", "--synthetic"]),
     (train_teacher, "--dataset affwild2 --root {tmp}", ["{tmp}/cropped_aligned", "request", "--synthetic"]),
@@ -1701,17 +1714,16 @@ def test_unreadable_files_are_named_from_worker_processes(stand_in, tmp_path):
     shutil.copytree(stand_in, root)
     for path in (root / "faces").glob("*/*/*.jpg"):
         path.write_bytes(b"not a jpg")
-    done = subprocess.run([sys.executable, "train_teacher.py", "--dataset", "biovid_b", "--root", str(root), "--out",
-                           str(tmp_path / "out"), "--workers", "1", "--image-size", "32"],
-                          capture_output=True, text=True, cwd=Path(train_teacher.__file__).parent)
+    done = subprocess.run([sys.executable, SCRIPTS / "train_teacher.py", "--dataset", "biovid_b", "--root", root,
+                           "--out", tmp_path / "out", "--workers", "1", "--image-size", "32"],
+                          capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and ".jpg: not a readable image" in done.stderr
 
 
 def test_documented_commands_parse():
     """Every command in the README and in the docstrings of the scripts is one that its parser takes."""
-    folder = Path(train_student.__file__).parent
-    text = (folder / "README.md").read_text() + train_teacher.__doc__ + train_student.__doc__
+    text = (SCRIPTS / "README.md").read_text() + train_teacher.__doc__ + train_student.__doc__
     text += data.__doc__
     commands = re.findall(r"python (train_teacher|train_student|data)\.py([^\n#&`|]*)", text)
     assert len(commands) > 10 and {"data"} < {script for script, _ in commands}

@@ -758,7 +758,7 @@ def parse(argv=None):
 
 def main():
     args = parse()
-    args.device = choose_device(args.device)
+    args.device = choose_device(args.device, args.amp)
     if args.k > args.batch_size:
         raise UserError(f"--k {args.k}: the similarity matrix has only --batch-size {args.batch_size} rows; "
                         "lower --k or raise --batch-size")
