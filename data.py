@@ -3,14 +3,20 @@
     python data.py --check biovid_b --root data/biovid_b            # counts, and every fault found
     python data.py --synthetic biovid_b --root data/my-stand-in     # writes a small stand-in in the same format
 
-A data set is a sequence of *rows*: one row is one clip (F face frames and the privileged signal of the same span). Its
-attributes are arrays over the rows:
+A data set is a sequence of *rows*: one row is one clip (F face frames and the privileged signal of
+the same span). Its attributes are arrays over the rows:
 
-    name   which clip this is                         label  int64 (R,) or float32 (R, 2), -5 where there is none
-    group  what folds keep together (a subject)       split  "train" or "test" where the data set fixes it, else None
-    video  rows of one sequence are consecutive       visual(row), privileged(row)   one clip's tensors, from disk
+    name    which clip this is
+    label   int64 (R,), -1 where there is none; or float32 (R, 2), NaN where there is none
+    group   what folds keep together (a subject)
+    split   "train" or "test" where the data set fixes it, else None
+    video   rows of one sequence are consecutive
+    visual(row), privileged(row)   one clip's tensors, from disk
 
-and a *sample* is a window of `length` consecutive rows of one sequence (`windows`).
+and a *sample* is a window of `length` consecutive rows of one sequence (`Windows`, `fold_windows`).
+
+What all scripts share lives here, too: `Parser`, `UserError` (what the user can mend), `run`, which
+turns errors into one line, and `replacing`, which never leaves half a file.
 """
 import argparse
 import json
@@ -24,8 +30,10 @@ import tokenize
 import warnings
 import zipfile
 import zlib
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,9 +44,8 @@ from torchvision.io import ImageReadMode, encode_jpeg, read_image
 from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
-from pkdot import INVALID, valid
-
 DATASETS = ("biovid_b", "biovid_a", "affwild2", "features")
+NO_LABEL, INVALID = math.nan, -5.0  # valence/arousal without a label: here, and in files
 ORIGIN = {"biovid": "on request from https://www.nit.ovgu.de/BioVid.html",
           "affwild2": "on request from https://ibug.doc.ic.ac.uk/resources/aff-wild2/"}
 
@@ -58,30 +65,57 @@ class UserError(ValueError):
     """What the user can mend: one line that says what, where and what to do. The scripts print it and exit with 2."""
 
 
+class Windows(NamedTuple):
+    """Samples as windows over a source's rows: S of them, L rows each."""
+    index: torch.Tensor  # (S, L) the rows
+    keep: torch.Tensor  # (S, L) bool: which of them count; a tiling counts each row once
+    label: torch.Tensor  # int64 (S,), -1 for none; or float32 (S, L, 2), NaN for none and outside keep
+
+    @property
+    def labelled(self):
+        """bool (S,): which samples have a label at all."""
+        if self.label.ndim == 1:
+            return self.label >= 0
+        return self.label.isfinite().flatten(1).any(1)
+
+    def take(self, which):
+        """The samples that a mask or indices pick."""
+        return Windows(*(field[which] for field in self))
+
+
+class Fold(NamedTuple):
+    train: Windows
+    val: Windows
+    test: Windows
+
+
+class Scored(NamedTuple):
+    """What a score compares, one line a labelled sample (classes) or frame (valence/arousal)."""
+    prediction: torch.Tensor  # (T, C), or float64 (T, 2)
+    label: torch.Tensor  # int64 (T,), or float64 (T, 2)
+    row: torch.Tensor  # (T,) the source's row that the line belongs to
+
+
 class Samples(Dataset):
-    """Windows of one modality as read from disk: ((L, ...) clips, label), labels outside `keep` being -5.
+    """The clips (L, ...) of one modality in each window of index (S, L), read from disk."""
 
-    keep = None is for data without labels: clips alone.
-    """
-
-    def __init__(self, source, modality, index, keep):
-        self.read, self.windows, self.index = getattr(source, modality), (index, keep), index
-        self.label = sample_labels(source.label, index, keep) if keep is not None else None
+    def __init__(self, source, modality, index):
+        self.read, self.index = getattr(source, modality), index
 
     def __len__(self):
         return len(self.index)
 
     def __getitem__(self, sample):
-        clips = torch.stack([self.read(int(row)) for row in self.index[sample]])
-        return clips if self.label is None else (clips, self.label[sample])
+        return torch.stack([self.read(int(row)) for row in self.index[sample]])
 
 
 def windows(video, length, dense=False):
-    """Samples of `length` consecutive rows of one video -> index (S, length) of rows, keep (S, length) bool.
+    """Samples of `length` consecutive rows of one video -> index (S, length), keep (S, length) bool.
 
-    Tiling by default, the last window aligned to the video's end; dense starts a window at every row. keep marks what
-    counts: in a tiling each row exactly once (not again where the last window overlaps the one before), and never the
-    repeats of the last row that fill up a video shorter than a window.
+    Tiling by default, the last window aligned to the video's end; dense starts a window at every
+    row. keep marks what counts: in a tiling each row exactly once (not again where the last window
+    overlaps the one before), and never the repeats of the last row that fill up a video shorter
+    than a window.
     """
     index, keep = [], []
     bounds = [0, *(np.flatnonzero(video[1:] != video[:-1]) + 1), len(video)]
@@ -96,29 +130,105 @@ def windows(video, length, dense=False):
     return torch.from_numpy(np.stack(index)), torch.from_numpy(np.stack(keep))
 
 
-def sample_labels(label, index, keep):
-    """Labels of windows: classes (S,), or valence/arousal (S, L, 2) with -5 where the row does not count."""
-    return label[index].where(keep[..., None], INVALID) if label.is_floating_point() else label[index[:, 0]]
+def label_windows(source, label, dense=False):
+    """All windows of a source under its rows' labels: a sample's class is its first row's."""
+    index, keep = windows(source.video, source.length, dense)
+    if label.ndim == 1:
+        return Windows(index, keep, label[index[:, 0]])
+    return Windows(index, keep, label[index].where(keep[..., None], NO_LABEL))
 
 
-def parts(source, fold):
+def fold_windows(source, fold, dense=False, folds="subjects", labelled=None):
+    """The samples of fold 1..5 -> Fold; val and test tile, dense training windows start at every row.
+
+    A training window without a label stays: it is a pair of modalities. labelled=N hides all
+    training labels but those of N samples (tiles), the same ones whatever the seed; folds: see
+    `parts`. Raises UserError where a part has no label, or N of them cannot be had.
+    """
+    label, part = source.label, parts(source, fold, folds)
+    tiles = label_windows(source, label)
+
+    def cut(samples, name):
+        chosen = samples.take(torch.from_numpy(part == name)[samples.index[:, 0]])
+        if not chosen.labelled.any():
+            raise UserError(f"{source.path}: no sample with a label in the {name} part of this fold")
+        return chosen
+
+    train = cut(tiles, "train")
+    if labelled is not None:
+        least = source.outputs if source.task == "classification" else 1
+        most = int(train.labelled.sum())
+        if not least <= labelled <= most:
+            raise UserError(f"{source.path}: cannot keep {labelled} training labels; this fold takes "
+                            f"from {least} (one a class) to {most} (all there are)")
+        kept = train.take(choose_labelled(train, labelled, fold))
+        hidden = torch.from_numpy(part == "train")
+        hidden[kept.index[kept.keep]] = False
+        label = label.clone()
+        label[hidden] = -1 if label.ndim == 1 else NO_LABEL
+    if dense or labelled is not None:
+        train = cut(label_windows(source, label, dense), "train")
+    return Fold(train, cut(tiles, "val"), cut(tiles, "test"))
+
+
+def choose_labelled(samples, number, fold):
+    """Indices of `number` labelled samples, each class in proportion and at least once.
+
+    They are the first of one order that the fold alone decides, so 20 of them are among 60.
+    """
+    order = np.random.default_rng(fold).permutation(np.flatnonzero(samples.labelled))
+    level = samples.label.numpy()[order] if samples.label.ndim == 1 else 0 * order
+    place = np.empty(len(order))  # where in the order, from 0 to 1
+    for one in np.unique(level):
+        rank = np.arange((level == one).sum())
+        place[level == one] = np.where(rank == 0, 0, (rank + 0.5) / len(rank))
+    return torch.from_numpy(order[place.argsort(kind="stable")[:number]])
+
+
+def parts(source, fold, folds="subjects"):
     """Which part each row is in for fold 1..5 -> array of "train", "val", "test". [ours]
 
-    Groups (subjects, videos) are never divided. Test is the fold, or the data set's own split where it has one; 1/8 of
-    the remaining groups, at least one, is held out as "val" to choose the epoch. Folds do not depend on any seed flag.
+    Groups (subjects, videos) are never divided. Test is the fold, or the data set's own split where
+    it has one; 1/8 of the remaining groups, at least one, is held out as "val" to choose the epoch.
+    Folds do not depend on any seed flag. folds="clips" divides samples instead, as the authors'
+    release: then one person is in train and test.
     """
-    groups = np.random.default_rng(0).permutation(np.unique(source.group))
+    group = source.group
+    if folds == "clips":
+        if source.split is not None:
+            raise UserError(f"{source.path}: has a split of its own; folds over clips need one without")
+        group = windows(source.video, source.length)[1].nonzero()[:, 0].numpy()  # a row's sample
+    groups = np.random.default_rng(0).permutation(np.unique(group))
     if source.split is None:
         if len(groups) < 5:
-            raise UserError(f"{source.path}: 5 folds need at least 5 groups (subjects), found {len(groups)}")
-        test = np.isin(source.group, groups[fold - 1::5])
+            raise UserError(f"{source.path}: 5 folds need at least 5 groups (subjects), "
+                            f"found {len(groups)}")
+        test = np.isin(group, groups[fold - 1::5])
     else:
         test = source.split == "test"
-    rest = groups[np.isin(groups, source.group[~test])]
+    rest = groups[np.isin(groups, group[~test])]
     if len(rest) < 2 or not test.any():
-        raise UserError(f"{source.path}: needs two training groups and a test part, has {len(rest)} groups "
-                        f"and {test.sum()} test rows")
-    return np.where(test, "test", np.where(np.isin(source.group, rest[::8]), "val", "train"))
+        raise UserError(f"{source.path}: needs two training groups and a test part, has {len(rest)} "
+                        f"groups and {test.sum()} test rows")
+    return np.where(test, "test", np.where(np.isin(group, rest[::8]), "val", "train"))
+
+
+def scored(source, windows, output):
+    """What a score compares of the windows' outputs, (S, classes) or (S, L, 2) -> Scored.
+
+    A row's valence and arousal are those of the one window that keeps it, and hold for all its
+    frames. Samples and frames without a label are left out.
+    """
+    output = output.cpu()
+    if source.task == "classification":
+        chosen = windows.labelled
+        return Scored(output[chosen], windows.label[chosen], windows.index[chosen, 0])
+    kept = windows.index[windows.keep]
+    of_row = torch.zeros(len(source.label), 2, dtype=torch.float64)
+    of_row[kept] = output.double()[windows.keep]
+    frames = torch.isin(source.frame_row, kept)
+    row = source.frame_row[frames]
+    return Scored(of_row[row], source.frame_label[frames].double(), row)
 
 
 def read_frames(paths, size):
@@ -348,7 +458,8 @@ class Affwild2:
         self.group = np.array([sound_name(v) for v in video])
         self.label = torch.from_numpy(np.stack(label))
         label, row = (torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
-        self.frame_label, self.frame_row = label[valid(label)], row[valid(label)]
+        known = label.isfinite().all(1)
+        self.frame_label, self.frame_row = label[known], row[known]
 
     def _read_fps(self):
         path = self.path / "fps.txt"
@@ -432,7 +543,7 @@ def sound_name(video):
 
 
 def read_annotation(path):
-    """Affwild2's valence,arousal file -> float32 (T, 2); a row with -5 in either place has no label."""
+    """Affwild2's file -> float32 (T, 2); a row with -5 in either place has no label: NaN."""
     try:
         with open(path) as file:
             if file.readline().replace(" ", "").strip() != "valence,arousal":
@@ -444,6 +555,7 @@ def read_annotation(path):
         raise UserError(f"{path}: not pairs of numbers ({error}); extract it again") from None
     if label.size == 0 or label.shape[1] != 2 or not ((np.abs(label) <= 1) | (label == INVALID)).all():
         raise UserError(f"{path}: expected two values a row, in [-1, 1] or -5; extract it again")
+    label[(label == INVALID).any(1)] = NO_LABEL
     return label
 
 
@@ -507,26 +619,34 @@ def log_mel(sound):
 class Faces:
     """Face crops alone, for prediction: a folder of images named as in the data set, or a folder of such folders."""
 
-    def __init__(self, folder, settings):
-        self.path, self.image_size, self.length = Path(folder), settings["image_size"], settings["length"]
+    def __init__(self, folder, dataset, length, image_size):
+        self.path, self.image_size, self.length = Path(folder), image_size, length
+        self.faults = []
         if not self.path.is_dir():
-            raise UserError(f"{folder}: no such folder; expected face crops, named as in {settings['dataset']}")
+            raise UserError(f"{folder}: no such folder; expected face crops, named as in {dataset}")
         clips = []  # (name, images)
         for one in sorted({p.parent for p in self.path.glob("**/*.jpg")}):
-            if settings["dataset"] == "affwild2":
-                present = image_numbers(one, r"(\d{5})\.jpg")
-                frames = max(present, default=0)
-                if frames < Affwild2.CLIP:
-                    raise UserError(f"{one}: {frames} frames, shorter than a clip of {Affwild2.CLIP}")
-                clips += [(one, b + Affwild2.CLIP, [one / f"{i:05d}.jpg" for i in images])
-                          for b, images in affect_clips(frames, present)]
-            else:
-                clips += [(one, clip, pain_frames(one, *clip_span(clip, self.length))) for clip in range(self.length)]
+            try:
+                clips += self._clips(one, dataset)
+            except UserError as error:
+                self.faults.append(str(error))
         if not clips:
-            raise UserError(f"{folder}: no .jpg in it; expected face crops, named as in {settings['dataset']}")
+            raise UserError(self.faults[0] if self.faults else f"{folder}: no .jpg in it; expected face crops, named as in {dataset}")
         self.video, last, self.images = zip(*clips, strict=True)
         self.video = np.array([v.name if v == self.path else str(v.relative_to(self.path)) for v in self.video])
         self.name = [f"{v}/{i:05d}" for v, i in zip(self.video, last, strict=True)]
+
+    def _clips(self, folder, dataset):
+        """(folder, name of the clip, its images) of each clip in a folder."""
+        if dataset != "affwild2":
+            return [(folder, clip, pain_frames(folder, *clip_span(clip, self.length)))
+                    for clip in range(self.length)]
+        present = image_numbers(folder, r"(\d{5})\.jpg")
+        frames = max(present, default=0)
+        if frames < Affwild2.CLIP:
+            raise UserError(f"{folder}: {frames} frames, shorter than a clip of {Affwild2.CLIP}")
+        return [(folder, begin + Affwild2.CLIP, [folder / f"{i:05d}.jpg" for i in images])
+                for begin, images in affect_clips(frames, present)]
 
     def visual(self, row):
         return read_frames(self.images[row], self.image_size)
@@ -542,7 +662,7 @@ class Features:
 
     faults = ()
 
-    def __init__(self, path, privileged=True, labelled=True):
+    def __init__(self, path, length=None, privileged=True, labelled=True):
         self.path = Path(path)
         want = "expected a features file (.npz) with visual (N, L, Dv), privileged (N, L, Dp) and label"
         if not self.path.is_file():
@@ -557,9 +677,10 @@ class Features:
         for key in (*modalities, "label") if labelled else modalities:
             if key not in arrays:
                 raise UserError(f"{path}: no array {key!r} in it, only {sorted(arrays)}; {want}")
-        count, self.length = arrays["visual"].shape[:2] if arrays["visual"].ndim == 3 else (0, 0)
+        count, clips = arrays["visual"].shape[:2] if arrays["visual"].ndim == 3 else (0, 0)
+        self.length = length or clips
         for key in modalities:
-            if arrays[key].ndim != 3 or arrays[key].shape[:2] != (count, self.length) or arrays[key].size == 0:
+            if arrays[key].ndim != 3 or arrays[key].shape[:2] != (count, clips) or arrays[key].size == 0:
                 raise UserError(f"{path}: {key} is {arrays[key].shape}; {want}")
             if arrays[key].dtype.kind != "f":
                 raise UserError(f"{path}: {key} is {arrays[key].dtype}; write finite float32 values")
@@ -568,14 +689,14 @@ class Features:
             if not torch.isfinite(rows).all():
                 raise UserError(f"{path}: {key} holds NaN or infinity; write finite float32 values")
         if labelled:
-            self._label(arrays["label"], count)
+            self._label(arrays["label"], count, clips)
         for key in ("group", "split", "name", "video"):
             if key in arrays and (arrays[key].shape != (count,)):
                 raise UserError(f"{path}: {key} is {arrays[key].shape}, expected one entry a sample, ({count},)")
         sample = np.arange(count)
 
         def over_rows(key, default):
-            return np.repeat(arrays.get(key, default), self.length)
+            return np.repeat(arrays.get(key, default), clips)
 
         self.group, self.video = over_rows("group", sample), over_rows("video", sample)
         self.name, self.split = over_rows("name", sample.astype(str)), arrays.get("split")
@@ -589,26 +710,28 @@ class Features:
             if {"frame_row", "frame_label"} <= arrays.keys():  # as stage 2 wrote them
                 self.frame_row, self.frame_label = (torch.from_numpy(arrays[k]) for k in ("frame_row", "frame_label"))
             else:
-                self.frame_row = valid(self.label).nonzero()[:, 0]
+                self.frame_row = self.label.isfinite().all(1).nonzero()[:, 0]
                 self.frame_label = self.label[self.frame_row]
 
-    def _label(self, label, count):
+    def _label(self, label, count, clips):
         if label.dtype.kind in "iu" and label.shape == (count,):
             self.task, self.outputs = "classification", int(label.max()) + 1
-            if label.min() < 0 or self.outputs < 2 or len(np.unique(label)) < self.outputs:
-                raise UserError(f"{self.path}: the classes are {np.unique(label).tolist()[:9]}; number two or more "
-                                "from 0 on, leaving none out")
-            label = np.repeat(label.astype(np.int64), self.length)
-        elif label.dtype.kind == "f" and label.shape in ((count, 2), (count, self.length, 2)):
+            found = np.unique(label[label != -1])
+            if self.outputs < 2 or len(found) < self.outputs or found[0] < 0:
+                raise UserError(f"{self.path}: the classes are {found.tolist()[:9]}; number two or "
+                                "more from 0 on, leaving none out, and write -1 for no label")
+            label = np.repeat(label.astype(np.int64), clips)
+        elif label.dtype.kind == "f" and label.shape in ((count, 2), (count, clips, 2)):
             self.task, self.outputs = "regression", 2
             if not np.isfinite(label).all():
                 raise UserError(f"{self.path}: label holds NaN or infinity; mark what has no label with -5")
             label = label.reshape(count, -1, 2).astype(np.float32)
-            label = np.broadcast_to(label, (count, self.length, 2)).reshape(-1, 2)
+            label = np.broadcast_to(label, (count, clips, 2)).reshape(-1, 2).copy()
+            label[(label == INVALID).any(1)] = NO_LABEL
         else:
             raise UserError(f"{self.path}: label is {label.dtype} {label.shape}, expected int ({count},), or float "
-                            f"({count}, 2) or ({count}, {self.length}, 2)")
-        self.label = torch.from_numpy(label.copy())
+                            f"({count}, 2) or ({count}, {clips}, 2)")
+        self.label = torch.from_numpy(label)
 
     def visual(self, row):
         return self.rows["visual"][row]
@@ -626,11 +749,22 @@ class Features:
 
 
 def save_features(path, arrays):
-    """Write a features file under a temporary name, then rename it."""
-    part = Path(path).with_suffix(".tmp")
-    with open(part, "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(part, path)
+    """Write a features file; in the file a missing valence/arousal label is -5, never NaN."""
+    if np.issubdtype(arrays["label"].dtype, np.floating):
+        arrays = {**arrays, "label": np.nan_to_num(arrays["label"], nan=INVALID)}
+    with replacing(path) as part:
+        np.savez(part, **arrays)
+
+
+@contextmanager
+def replacing(path):
+    """A temporary path beside `path`, of the same ending: renamed to it, or removed on any failure."""
+    part = Path(path).with_name(f"{Path(path).stem}.tmp{Path(path).suffix}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileged=True):
@@ -647,7 +781,7 @@ def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileg
 
 def _open(dataset, root, classes=2, length=None, image_size=112, privileged=True):
     if dataset == "features":
-        return Features(root, privileged)
+        return Features(root, privileged=privileged)
     if dataset == "affwild2":
         return Affwild2(root, length or Affwild2.LENGTH, image_size, privileged)
     return BioVid(root, dataset, classes, length or 1, image_size, privileged)

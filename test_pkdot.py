@@ -1008,7 +1008,8 @@ def test_each_valid_frame_is_predicted_once_by_the_nearest_clip(tmp_path, frames
               if any(b < i <= b + 32 for i in present)]  # without any image: dropped
     own = source.video == "one"
     assert source.begin[own].tolist() == begins
-    np.testing.assert_array_equal(source.label[own], label[np.add(begins, 31)].astype("f4"))  # its last frame's
+    expected = np.where((label == -5).any(1)[:, None], np.nan, label)[np.add(begins, 31)]
+    np.testing.assert_array_equal(source.label[own], expected.astype("f4"))  # its last frame's
     frame_row = [r for r in source.frame_row.tolist() if own[r]]
     valid = [t for t in range(frames) if -5 not in label[t]]
     assert source.frame_label[own[source.frame_row]].tolist() == label[valid].astype("f4").tolist()
@@ -1049,13 +1050,135 @@ def test_windows_tile_or_start_everywhere(length, dense):
     assert not keep[repeats].any() and (not dense or keep[~repeats].all())
 
 
-def test_labels_outside_a_window_count_as_invalid():
+def rows(video, label, length=1, **more):
+    """A source as far as folds, windows and scores look at it; each video is a group."""
+    task = "classification" if torch.as_tensor(label).ndim == 1 else "regression"
+    return SimpleNamespace(**dict(video=np.array(video), group=np.array(video), label=torch.as_tensor(label), path="x",
+                                  split=None, length=length, task=task, outputs=int(max(label)) + 1
+                                  if task == "classification" else 2) | more)
+
+
+def test_labels_of_windows_and_which_have_one():
     label = randn(5, 2).float()
-    index, keep = data.windows(np.zeros(5), 3)
-    shown = data.sample_labels(label, index, keep)
-    assert index.tolist() == [[0, 1, 2], [2, 3, 4]]
-    assert torch.equal(shown[0], label[:3]) and (shown[1, 0] == -5).all() and torch.equal(shown[1, 1:], label[3:])
-    assert data.sample_labels(torch.tensor([3, 3, 1, 1]), torch.tensor([[0, 1], [2, 3]]), None).tolist() == [3, 1]
+    label[2] = math.nan
+    shown = data.label_windows(rows([0] * 5, label, 3), label)
+    assert shown.index.tolist() == [[0, 1, 2], [2, 3, 4]]
+    assert torch.equal(shown.label[0, :2], label[:2]) and torch.equal(shown.label[1, 1:], label[3:])
+    assert shown.label[0, 2].isnan().all() and shown.label[1, 0].isnan().all()
+    hidden = data.Windows(shown.index, shown.keep, torch.full_like(shown.label, math.nan))
+    assert shown.labelled.tolist() == [True, True] and hidden.labelled.tolist() == [False, False]
+
+    label = torch.tensor([3, 3, -1, -1])
+    shown = data.label_windows(rows([0, 0, 1, 1], label, 2), label)
+    assert shown.label.tolist() == [3, -1] and shown.labelled.tolist() == [True, False]
+    for which in (torch.tensor([False, True]), torch.tensor([1])):
+        assert [x.tolist() for x in shown.take(which)] == [[[2, 3]], [[True, True]], [-1]]
+
+
+def in_part(samples, source):
+    return set(source.group[samples.index[samples.keep].numpy()])
+
+
+@pytest.mark.parametrize("task", ["classes", "frames"])
+def test_fold_windows_cut_the_parts_and_keep_training_pairs_without_a_label(task):
+    video = np.repeat(np.arange(20), 4)
+    label = torch.arange(80) // 4 % 2 if task == "classes" else torch.rand(80, 2)
+    part = data.parts(rows(video, label), 2)
+    lost = np.flatnonzero(part == "train")[0] // 4
+    label[4 * lost:4 * lost + 4] = -1 if task == "classes" else math.nan
+    source = rows(video, label, 2 if task == "frames" else 4)
+    for dense in (False, True):
+        fold = data.fold_windows(source, 2, dense)
+        for name, samples in zip(fold._fields, fold, strict=True):
+            assert in_part(samples, source) == set(video[part == name])
+            index, keep = data.windows(video[part == name], source.length, dense and name == "train")
+            place = torch.from_numpy(np.flatnonzero(part == name))
+            assert torch.equal(samples.index, place[index]) and torch.equal(samples.keep, keep)
+        assert lost in in_part(fold.train, source) and not fold.train.labelled.all() and fold.val.labelled.all()
+
+
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+def test_a_part_without_any_label_is_one_line(name):
+    source = rows(np.arange(20), torch.arange(20) % 2)
+    source.label[data.parts(source, 1) == name] = -1
+    with pytest.raises(UserError, match=f"^x: no sample with a label in the {name} part") as error:
+        data.fold_windows(source, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_folds_over_clips_put_a_person_into_train_and_test_and_test_each_clip_once():
+    video = np.repeat(np.arange(60), 2)
+    source = rows(video, torch.arange(120) // 2 % 2, 2, group=video // 12)  # five people of twelve clips of two rows
+    folds = [data.fold_windows(source, fold, folds="clips") for fold in range(1, 6)]
+    assert sorted(row for fold in folds for row in fold.test.index.flatten().tolist()) == list(range(120))
+    for fold in folds:
+        clips = [set(video[samples.index[:, 0]]) for samples in fold]
+        assert [len(c) for c in clips] == [42, 6, 12] and len(set.union(*clips)) == 60
+        assert in_part(fold.test, source) & in_part(fold.train, source)
+        assert not in_part(data.fold_windows(source, 1).test, source) & in_part(data.fold_windows(source, 1).train, source)
+    source.split = np.where(video < 30, "train", "test")
+    with pytest.raises(UserError, match="^x: has a split of its own"):
+        data.fold_windows(source, 1, folds="clips")
+
+
+def test_few_labels_are_stratified_nested_and_the_same_for_all_but_the_fold():
+    level = np.repeat([0, 1, 2], [140, 50, 10])
+    source = rows(np.random.default_rng(0).permutation(200), torch.from_numpy(level), group=np.arange(200) // 2)
+    whole = data.fold_windows(source, 1)
+    found, before = int(whole.train.labelled.sum()), None
+    for n in (3, 20, 60, found):
+        fold = data.fold_windows(source, 1, labelled=n)
+        kept = fold.train.index[fold.train.labelled, 0]
+        assert torch.equal(fold.train.index, whole.train.index) and len(kept) == n
+        assert torch.equal(fold.train.label[fold.train.labelled], source.label[kept])
+        share = [(source.label[kept] == c).sum().item() for c in range(3)]
+        expected = [n * (whole.train.label == c).sum().item() / found for c in range(3)]
+        assert min(share) >= 1 and np.abs(np.subtract(share, expected)).max() < 2
+        assert before is None or set(before.tolist()) <= set(kept.tolist())
+        assert all(torch.equal(a, b) for part in (1, 2) for a, b in zip(fold[part], whole[part], strict=True))
+        before = kept
+    again = data.fold_windows(source, 1, labelled=20).train.labelled
+    assert torch.equal(again, data.fold_windows(source, 1, labelled=20).train.labelled)
+    assert source.label.tolist() == level.tolist()
+    for n in (2, found + 1):
+        with pytest.raises(UserError, match=f"^x: cannot keep {n} training labels; .* 3 .* {found} "):
+            data.fold_windows(source, 1, labelled=n)
+
+
+def test_few_labels_of_frames_leave_those_of_whole_tiles_in_dense_windows_too():
+    source = rows(np.repeat(np.arange(10), 10), torch.rand(100, 2), 4)
+    tiles = data.fold_windows(source, 1, labelled=3).train
+    assert tiles.labelled.sum() == 3
+    left = set(tiles.index[tiles.label.isfinite().all(-1)].tolist())
+    assert left == set(tiles.index[tiles.labelled][tiles.keep[tiles.labelled]].tolist())
+    dense = data.fold_windows(source, 1, dense=True, labelled=3).train
+    assert len(dense.index) == 7 * 7 and set(dense.index[dense.label.isfinite().all(-1)].tolist()) == left
+
+
+def test_scored_compares_each_labelled_frame_with_the_window_that_keeps_its_row():
+    label = torch.rand(9, 2)
+    label[[2, 7]] = math.nan
+    frames = [(row, row + k / 4) for row in range(9) for k in range(4) if (row, k) not in ((3, 1), (8, 0))]
+    source = rows([0] * 7 + [1] * 2, label, 3, frame_row=torch.tensor([row for row, _ in frames]),
+                  frame_label=torch.tensor([[t, -t] for _, t in frames]))
+    samples = data.label_windows(source, label).take([0, 2, 3])  # without rows 3 to 5
+    output = torch.arange(18.).view(3, 3, 2)
+    expected = []
+    for row, t in frames:
+        for s in range(3):
+            for place in range(3):
+                if samples.keep[s, place] and samples.index[s, place] == row:
+                    expected.append([*output[s, place].tolist(), t, -t, row])
+    shown = data.scored(source, samples, output)
+    assert torch.cat([shown.prediction, shown.label, shown.row[:, None]], 1).tolist() == expected
+    assert len(expected) == 23 and shown.prediction.dtype == shown.label.dtype == torch.float64
+    assert data.scored(source, samples, output * math.nan).prediction.isnan().all()  # never left out in silence
+
+
+def test_scored_leaves_out_samples_without_a_class():
+    source = rows([0, 0, 1, 1, 2, 2], torch.tensor([1, 1, -1, -1, 0, 0]), 2)
+    shown = data.scored(source, data.label_windows(source, source.label), torch.arange(6.).view(3, 2))
+    assert [x.tolist() for x in shown] == [[[0, 1], [4, 5]], [1, 0], [0, 4]]
 
 
 @pytest.mark.parametrize("rate", [44100, 48000])
@@ -1296,6 +1419,20 @@ def test_features_leave_invalid_labels_out_of_the_frames(tmp_path):
     data.save_features(tmp_path / "f.npz", arrays(label=label))
     source = data.Features(tmp_path / "f.npz")
     assert source.frame_row.tolist() == [0, 1, 3, 4, 5, 6, 7, 10, 11] and (source.frame_label == 0).all()
+    assert source.label.isnan().any(1).nonzero()[:, 0].tolist() == [2, 8, 9]
+    data.save_features(tmp_path / "f.npz", arrays(label=source.label.view(6, 2, 2).numpy()))
+    assert np.array_equal(np.load(tmp_path / "f.npz")["label"].min((1, 2)) == -5, np.arange(6) % 3 == 1)
+    assert torch.equal(data.Features(tmp_path / "f.npz").label.isnan(), source.label.isnan().any(1, True).expand(-1, 2))
+
+
+def test_features_of_pairs_without_a_class_and_windows_longer_than_the_files(tmp_path):
+    data.save_features(tmp_path / "f.npz", arrays(label=np.array([0, -1, 1, 1, -1, 2])))
+    source = data.Features(tmp_path / "f.npz")
+    assert source.outputs == 3 and source.label.tolist() == [0, 0, -1, -1, 1, 1, 1, 1, -1, -1, 2, 2]
+    data.save_features(tmp_path / "f.npz", arrays(length=1, label=np.zeros((6, 2)), video=np.repeat([0, 1], 3)))
+    source = data.Features(tmp_path / "f.npz", length=2)
+    shown = data.label_windows(source, source.label)
+    assert source.length == 2 and shown.index.tolist() == [[0, 1], [1, 2], [3, 4], [4, 5]]
 
 
 def test_features_without_privileged_serve_the_visual_path(tmp_path):
@@ -1312,8 +1449,9 @@ NAN = np.full((6, 2, 3), np.nan, np.float32)
     (dict(visual=np.zeros((6, 3))), r"visual is \(6, 3\)"), (dict(visual=np.zeros((6, 2, 3), int)), "visual is int64"),
     (dict(privileged=np.zeros((5, 2, 3))), r"privileged is \(5, 2, 3\)"), (dict(label=NAN[..., :2]), "NaN"),
     (dict(label=np.zeros(5, int)), r"label is int64 \(5,\)"), (dict(label=np.zeros(6, int)), r"are \[0\]"),
-    (dict(label=np.arange(6) - 1), r"are \[-1, 0"), (dict(label=np.arange(6) * 2), r"are \[0, 2, 4"),
-        (dict(label=np.zeros((6, 3))), r"\(6, 3\)"),
+    (dict(label=np.arange(6) - 2), r"are \[-2, 0"), (dict(label=np.arange(6) * 2), r"are \[0, 2, 4"),
+    (dict(label=np.full(6, -1)), r"are \[\]"), (dict(label=np.arange(6) * 2**60), r"are \[0, 11"),
+    (dict(label=np.zeros((6, 3))), r"\(6, 3\)"),
     (dict(label=np.array(["a"] * 6)), "<U1"), (dict(group=np.arange(5)), r"group is \(5,\)"),
     (dict(split=np.array(["train", "dev"] * 3)), "dev"), (dict(name=np.array([{}] * 6)), "pickle")])
 def test_features_that_do_not_fit_are_one_line(tmp_path, changes, names):
@@ -1336,23 +1474,36 @@ def test_files_that_are_no_npz_are_one_line(tmp_path, content):
     only_line(error, "f.npz")
 
 
+def test_replacing_leaves_the_whole_file_or_the_old_one(tmp_path):
+    path = tmp_path / "a.npz"
+    for content in ("old", "new"):
+        with data.replacing(path) as part:
+            write(part, content)
+            assert part.parent == tmp_path and part.suffix == ".npz" and (content == "old") != path.exists()
+    for failure in (ValueError, KeyboardInterrupt):
+        with pytest.raises(failure), data.replacing(path) as part:
+            write(part, "half")
+            raise failure
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
 def test_faces_of_a_folder_or_of_folders_need_no_label(tmp_path):
     for name in ("p1", "p2"):
         for i in (51, 125):
             jpg(tmp_path / "pain" / name / f"img_{i:05d}.jpg", i)
     for i in (1, 40):
         jpg(tmp_path / "affect" / "v" / f"{i:05d}.jpg", i)
-    pain, affect = (dict(dataset=d, image_size=24, length=n) for d, n in (("biovid_b", 1), ("affwild2", 8)))
-    faces = data.Faces(tmp_path / "pain", pain)
+    pain, affect = ("biovid_b", 1, 24), ("affwild2", 8, 24)
+    faces = data.Faces(tmp_path / "pain", *pain)
     assert [n.split("/")[0] for n in faces.name] == faces.video.tolist() == ["p1", "p2"]
     assert faces.visual(1).shape == (3, 10, 24, 24) and set(grays(faces.visual(0))) == {51, 125}
-    assert len(data.Faces(tmp_path / "pain" / "p1", pain).name) == 1
-    faces = data.Faces(tmp_path / "affect", affect)
+    assert len(data.Faces(tmp_path / "pain" / "p1", *pain).name) == 1
+    faces = data.Faces(tmp_path / "affect", *affect)
     assert faces.name == ["v/00032", "v/00040"] and [grays(faces.visual(i)) for i in (0, 1)] == [[1] * 8, [40] * 8]
     (tmp_path / "none").mkdir()
     for folder, settings in (("none", pain), ("missing", pain), ("pain/p1", affect)):
         with pytest.raises(UserError) as error:
-            data.Faces(tmp_path / folder, settings)
+            data.Faces(tmp_path / folder, *settings)
         only_line(error, folder)
 
 
@@ -1401,8 +1552,8 @@ def test_stand_in_of_affwild2_covers_the_awkward_cases(tmp_path, monkeypatch):
     assert set(source.fps.values()) == {25} and not all(keep.all() for keep in shown.values())
     rows = {p.stem: data.read_annotation(p) for p in (tmp_path / "s").rglob("*_Set/*.txt")}
     assert {len(rows[v]) - len(keep) for v, keep in shown.items()} == {-1, 0, 1}
-    assert all((label == -5).any() and not (label == -5).all() for label in rows.values())
-    assert len(source.frame_label) == sum((label != -5).all(1).sum() for label in rows.values())
+    assert all(np.isnan(label).any() and not np.isnan(label).all() for label in rows.values())
+    assert len(source.frame_label) == sum(np.isfinite(label).all(1).sum() for label in rows.values())
 
 
 # ----------------------------------------------------------------------------------- the scripts, as a user runs them
