@@ -1,9 +1,13 @@
 """The networks: backbones, T-Net, the three fusion heads of Fig. 4, and the student made of them.
 
-Letters: B batch, L clips per sample, F frames per clip, D = 512 feature width, m width of the representation z.
-A backbone folds the clips into the batch and returns (B, L, D); a fusion head takes two of those and returns
-(output, z). In eval() no sample's output depends on the other samples of its batch.
+Letters: B batch, L clips per sample, F frames per clip, D = 512 feature width, m width of the
+representation z. A backbone folds the clips into the batch and returns (B, L, D); a fusion head
+takes two of those and returns Fused(output, z). In eval() no sample's output depends on the other
+samples of its batch. To add a backbone or a head: write its class and name it in the dict below it.
 """
+import re
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,10 +18,11 @@ D = 512
 
 
 class Backbone(nn.Module):
-    """Standardises its input, folds (B, L) into one batch axis, applies `features`, unfolds: (B, L, ...) -> (B, L, D).
+    """Standardises its input, folds (B, L) into one batch axis, applies `features` and unfolds:
+    (B, L, ...) -> (B, L, D).
 
-    mean and std broadcast against one clip (channels first). They are fitted to the training part for spectrograms and
-    feature vectors, and fixed for video, which is uint8 or float in [0, 1].
+    mean and std broadcast against one clip (channels first). They are fitted to the training part
+    for spectrograms and feature vectors, and fixed for video, which is uint8 or float in [0, 1].
     """
 
     def __init__(self, mean=0.0, std=1.0, fitted=True):
@@ -35,12 +40,14 @@ class Backbone(nn.Module):
         if clips.dtype == torch.uint8:
             clips = clips / 255
         if clips.dim() == 5 and torch.is_autocast_enabled(clips.device.type):
-            clips = clips.contiguous(memory_format=torch.channels_last_3d)  # twice as fast in bfloat16 alone
+            # twice as fast, in bfloat16 alone
+            clips = clips.contiguous(memory_format=torch.channels_last_3d)
         return self.features((clips - self.mean) / self.std).unflatten(0, x.shape[:2])  # (B, L, D)
 
 
 class R3D18(Backbone):
-    """torchvision's R3D-18 without its classifier; video (B, L, 3, F, H, W) -> (B, L, 512). Section IV-B1."""
+    """torchvision's R3D-18 without its classifier, section IV-B1; video (B, L, 3, F, H, W) ->
+    (B, L, 512)."""
 
     def __init__(self):
         kinetics = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
@@ -54,7 +61,8 @@ class R3D18(Backbone):
 
 
 class Unit3D(nn.Module):
-    """Convolution, batch norm, ReLU, with TensorFlow's "same" padding, which I3D's public weights were trained with."""
+    """Convolution, batch norm, ReLU, with the padding that I3D's public weights were trained with:
+    TensorFlow's "same"."""
 
     def __init__(self, in_channels, out_channels, kernel=1, stride=1):
         super().__init__()
@@ -62,11 +70,13 @@ class Unit3D(nn.Module):
         self.bn = nn.BatchNorm3d(out_channels, eps=1e-3)
 
     def forward(self, x):
-        return F.relu(self.bn(self.conv3d(pad_same(x, self.conv3d.kernel_size, self.conv3d.stride))))
+        x = pad_same(x, self.conv3d.kernel_size, self.conv3d.stride)
+        return F.relu(self.bn(self.conv3d(x)))
 
 
 def pad_same(x, kernel, stride):
-    """Zero-pad x (N, C, F, H, W) so that a window gives ceil(size / stride) outputs; an odd rest goes at the end."""
+    """Zero-pad x (N, C, F, H, W) so that a window gives ceil(size / stride) outputs; an odd rest
+    goes at the end."""
     pads = []
     for size, k, s in zip(reversed(x.shape[2:]), reversed(kernel), reversed(stride), strict=True):
         total = max(k - (size % s or s), 0)
@@ -90,14 +100,16 @@ class Inception(nn.Module):
         self.b3a, self.b3b = MaxPool3dSame((3, 3, 3), (1, 1, 1)), Unit3D(channels, b3b)
 
     def forward(self, x):
-        return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x))], 1)
+        branches = self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x))
+        return torch.cat(branches, 1)
 
 
 class I3D(Backbone):
-    """Inception-v1 inflated to 3D (Carreira and Zisserman 2017) and Linear(1024, 512); Table III's backbone.
+    """Inception-v1 inflated to 3D (Carreira and Zisserman 2017) and Linear(1024, 512); Table III.
 
-    Video (B, L, 3, F, H, W), H and W from 32 -> (B, L, 512). Frames are brought to [-1, 1]. Parameters bear the names
-    of the public Inception-I3D checkpoint, so that its Kinetics weights load (`load_weights`).
+    Video (B, L, 3, F, H, W), H and W from 32 -> (B, L, 512). Frames are brought to [-1, 1].
+    Parameters bear the names of the public Inception-I3D checkpoint, so that its Kinetics weights
+    load (`load_weights`).
     """
 
     def __init__(self):
@@ -128,23 +140,36 @@ class I3D(Backbone):
 
 
 def load_weights(backbone, state):
-    """Load a public checkpoint's state dict into a visual backbone; returns (keys left out, parameters not in it).
+    """Load a public checkpoint into a visual backbone; returns (keys left out, parameters kept).
 
-    Raises ValueError when nothing fits or a shape disagrees. Classifier weights are what is usually left out.
+    state: a state dict, or a dict that holds one as state_dict, model or model_state_dict; its keys
+    may begin with module., backbone. or encoder. Only a classifier may be left out, and only I3D's
+    own projection may be missing. Raises ValueError for whatever else does not fit.
     """
-    own = backbone.state_dict()
-    fits = {key: value for key, value in state.items() if key in own and torch.is_tensor(value)}
-    if not fits:
-        raise ValueError(f"holds no parameter of {type(backbone).__name__} (first key: {next(iter(state), 'none')!r})")
-    for key, value in fits.items():
-        if value.shape != own[key].shape:
-            raise ValueError(f"{key} is {tuple(value.shape)}, {type(backbone).__name__} needs {tuple(own[key].shape)}")
-    backbone.load_state_dict(fits, strict=False)
-    return sorted(state.keys() - own.keys()), sorted(own.keys() - state.keys())
+    for wrapping in ("state_dict", "model_state_dict", "model"):
+        state = state.get(wrapping, state) if isinstance(state, dict) else {}
+    state = {re.sub(r"^((module|backbone|encoder|model)\.)+", "", key): value
+             for key, value in state.items() if torch.is_tensor(value)}
+    own, kind = backbone.state_dict(), type(backbone).__name__
+
+    # torchvision's counters of batches are not in every checkpoint, and nothing here reads them
+    missing = sorted(k for k in own.keys() - state.keys() if not k.endswith("num_batches_tracked"))
+    unexplained = [k for k in missing if not k.startswith("projection.")]
+    if unexplained:
+        first, found = ", ".join(unexplained[:4]), ", ".join([*state][:4]) or "no tensor"
+        raise ValueError(f"lacks {len(unexplained)} of {kind}'s {len(own)} tensors ({first} ...); "
+                         f"it holds {found} ...")
+    for key in own.keys() & state.keys():
+        if state[key].shape != own[key].shape:
+            found, needed = tuple(state[key].shape), tuple(own[key].shape)
+            raise ValueError(f"{key} is {found}, {kind} needs {needed}")
+
+    backbone.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+    return sorted(state.keys() - own.keys()), missing
 
 
 class SpectrogramResNet18(Backbone):
-    """ResNet-18 from scratch on one-channel spectrograms (B, L, 1, H, W) -> (B, L, 512). Section IV-B."""
+    """ResNet-18 from scratch, section IV-B; spectrograms (B, L, 1, H, W) -> (B, L, 512)."""
 
     def __init__(self):
         super().__init__()
@@ -164,8 +189,32 @@ class FeatureMLP(Backbone):
         self.features = nn.Sequential(nn.Linear(in_dim, D), nn.ReLU(), nn.Linear(D, D))
 
 
+def visual_backbone(kind, width=None):
+    """width: of the vectors that an mlp takes."""
+    return FeatureMLP(width) if kind == "mlp" else {"r3d18": R3D18, "i3d": I3D}[kind]()
+
+
+def privileged_backbone(kind, width=None):
+    return FeatureMLP(width) if kind == "mlp" else SpectrogramResNet18()
+
+
+class Unimodal(nn.Module):
+    """Stage 1's model: a backbone and its own linear head -> (B, outputs), or (B, L, outputs) if
+    per_clip."""
+
+    def __init__(self, backbone, outputs, per_clip):
+        super().__init__()
+        self.backbone, self.head, self.per_clip = backbone, nn.Linear(D, outputs), per_clip
+
+    def forward(self, x):
+        return self.classify(self.backbone(x))
+
+    def classify(self, features):  # (B, L, 512) -> (B, classes) or (B, L, 2)
+        return self.head(features if self.per_clip else features.mean(1))
+
+
 class TNet(nn.Module):
-    """Encoder-decoder that hallucinates privileged features from visual ones: (B, L, 512) -> (B, L, 512).
+    """Encoder-decoder that hallucinates privileged features from visual ones, (B, L, 512) each.
 
     The output is linear, since features are not confined to [0, 1]. [ours]
     """
@@ -179,10 +228,17 @@ class TNet(nn.Module):
         return self.decoder(self.encoder(visual))
 
 
+class Fused(NamedTuple):
+    """What a fusion head answers: output (B, classes) or (B, L, 2), representation z (B, m)."""
+
+    output: torch.Tensor
+    z: torch.Tensor
+
+
 class ConcatFusion(nn.Module):
     """Fig. 4a: concatenation, one hidden layer, classifier. z is the hidden layer, m = 512.
 
-    visual, privileged (B, L, 512) -> output (B, outputs), or (B, L, outputs) if per_clip, and z (B, 512).
+    visual, privileged (B, L, 512) -> Fused: output (B, outputs), or (B, L, outputs) if per_clip.
     """
 
     def __init__(self, outputs, per_clip=False):
@@ -194,56 +250,69 @@ class ConcatFusion(nn.Module):
     def forward(self, visual, privileged):
         h = F.relu(self.hidden(torch.cat([visual, privileged], -1)))  # (B, L, 512)
         z = h.mean(1)  # (B, 512)
-        return self.classifier(h if self.per_clip else z), z
+        return Fused(self.classifier(h if self.per_clip else z), z)
 
 
 class JointCrossAttention(nn.Module):
-    """Fig. 4b: joint cross-attention (Praveen et al. 2022, [4]); z is the attended concatenation, m = 1024.
+    """Fig. 4b: joint cross-attention (Praveen et al. 2022, [4]); z is the attended concatenation,
+    m = 1024.
 
-    visual, privileged (B, L, 512) with L = length -> output (B, L, outputs), or (B, outputs) unless per_clip, and
-    z (B, 1024). With X (L, d_m) a modality and J = [X_a, X_v] (L, d), no biases:
-
-        C = tanh(X^T W_j J / sqrt(d))      H = ReLU(W X + W_c C^T)      X_att = W_h H + X
+    visual, privileged (B, L, 512) with L = length -> Fused: output (B, L, outputs), or (B, outputs)
+    unless per_clip. X (L, d_m) is a modality and J = [X_a, X_v] (L, d) the two side by side; no
+    biases. A weight's last letter is its modality: a for the privileged one (audio), v for visual.
     """
 
     def __init__(self, outputs, length, per_clip=True, k=32):
         super().__init__()
         self.per_clip = per_clip
-        shapes = {"W_j": (length, length), "W": (k, length), "W_c": (k, 2 * D), "W_h": (length, k)}
-        for modality in "av":
-            for name, shape in shapes.items():
-                weight = nn.init.xavier_uniform_(torch.empty(shape))
-                self.register_parameter(f"{name}{modality}", nn.Parameter(weight))
-        self.regressor = nn.Sequential(nn.Linear(2 * D, 128), nn.Dropout(0.6), nn.Linear(128, outputs))
 
-    def attend(self, X, J, W_j, W, W_c, W_h):  # X (B, L, d_m), J (B, L, d) -> (B, L, d_m)
-        C = (X.mT @ (W_j @ J / J.shape[-1] ** 0.5)).tanh_()  # (B, d_m, d), the one large array: scaled while small
-        H = F.relu(W @ X + (C @ W_c.mT).mT)  # (B, k, d_m)
-        return W_h @ H + X
+        def weight(*shape):
+            return nn.Parameter(nn.init.xavier_uniform_(torch.empty(shape)))
+
+        self.W_ja, self.Wa, self.W_ca, self.W_ha = (
+            weight(length, length), weight(k, length), weight(k, 2 * D), weight(length, k))
+        self.W_jv, self.Wv, self.W_cv, self.W_hv = (
+            weight(length, length), weight(k, length), weight(k, 2 * D), weight(length, k))
+        self.regressor = nn.Sequential(
+            nn.Linear(2 * D, 128), nn.Dropout(0.6), nn.Linear(128, outputs))
 
     def forward(self, visual, privileged):
-        J = torch.cat([privileged, visual], -1)  # (B, L, d)
-        X_a = self.attend(privileged, J, self.W_ja, self.Wa, self.W_ca, self.W_ha)
-        X_v = self.attend(visual, J, self.W_jv, self.Wv, self.W_cv, self.W_hv)
-        x = torch.cat([X_v, X_a], -1)  # (B, L, 1024)
+        X_a, X_v = privileged, visual  # (B, L, d_m)
+        J = torch.cat([X_a, X_v], -1)  # (B, L, d)
+
+        # C = tanh(X^T W_j J / sqrt(d)), the one large array: scaled while small
+        C_a = (X_a.mT @ (self.W_ja @ J / J.shape[-1] ** 0.5)).tanh_()  # (B, d_m, d)
+        C_v = (X_v.mT @ (self.W_jv @ J / J.shape[-1] ** 0.5)).tanh_()
+
+        # H = ReLU(W X + W_c C^T)
+        H_a = F.relu(self.Wa @ X_a + (C_a @ self.W_ca.mT).mT)  # (B, k, d_m)
+        H_v = F.relu(self.Wv @ X_v + (C_v @ self.W_cv.mT).mT)
+
+        # X_att = W_h H + X
+        att_a = self.W_ha @ H_a + X_a  # (B, L, d_m)
+        att_v = self.W_hv @ H_v + X_v
+
+        x = torch.cat([att_v, att_a], -1)  # (B, L, 1024)
         z = x.mean(1)  # (B, 1024)
-        return self.regressor(x if self.per_clip else z), z
+        return Fused(self.regressor(x if self.per_clip else z), z)
 
 
 class MultimodalTransformer(nn.Module):
-    """Fig. 4c: an encoder per modality, cross-attention both ways, a learned gate (Waligora et al. 2024, [42]).
+    """Fig. 4c: an encoder per modality, cross-attention both ways, a learned gate (Waligora et al.
+    2024, [42]); m = 512.
 
-    visual, privileged (B, L, 512) -> output (B, outputs), or (B, L, outputs) if per_clip, and z (B, 512). Attention
-    runs over the L clips of one sample. With L = 1, the paper's setting, it has a single key: its weight is 1 and each
-    attention is its value path, so att_v sees only the visual and att_p only the privileged features; use more clips
-    for a sequence to attend over.
+    visual, privileged (B, L, 512) -> Fused: output (B, outputs), or (B, L, outputs) if per_clip.
+    Attention runs over the L clips of one sample. With L = 1, the paper's setting, it has a single
+    key: its weight is 1 and each attention is its value path, so that att_v sees only the visual
+    and att_p only the privileged features; use more clips for a sequence to attend over.
     """
 
     def __init__(self, outputs, per_clip=False):
         super().__init__()
         self.per_clip = per_clip
         self.encode_v, self.encode_p = (
-            nn.TransformerEncoderLayer(D, nhead=2, dim_feedforward=D, dropout=0.0, batch_first=True) for _ in "vp")
+            nn.TransformerEncoderLayer(D, 2, dim_feedforward=D, dropout=0.0, batch_first=True)
+            for _ in "vp")
         self.attend_v, self.attend_p = (nn.MultiheadAttention(D, 2, batch_first=True) for _ in "vp")
         self.gate = nn.Linear(2 * D, 1)
         self.classifier = nn.Linear(D, outputs)
@@ -255,42 +324,38 @@ class MultimodalTransformer(nn.Module):
         g = torch.sigmoid(self.gate(torch.cat([att_v, att_p], -1)))  # (B, L, 1)
         h = g * att_v + (1 - g) * att_p  # (B, L, 512)
         z = h.mean(1)  # (B, 512)
-        return self.classifier(h if self.per_clip else z), z
+        return Fused(self.classifier(h if self.per_clip else z), z)
+
+
+def fusion_head(kind, outputs, length, per_clip):
+    """One of Fig. 4's three heads, by the name that --fusion has for it."""
+    if kind == "jca":
+        return JointCrossAttention(outputs, length, per_clip)
+    return {"concat": ConcatFusion, "mmt": MultimodalTransformer}[kind](outputs, per_clip)
 
 
 class Student(nn.Module):
-    """Visual backbone, T-Net, fusion head: video (B, L, 3, F, H, W) alone -> (output, z). Fig. 3, bottom."""
+    """Visual backbone, T-Net, fusion head (Fig. 3, bottom): video (B, L, 3, F, H, W) -> Fused.
 
-    def __init__(self, backbone, tnet, head):
+    hallucinate: what stands in for the privileged features; "tnet", or for ablations "zero" and
+    "oracle", which is given the true ones: no student, but what a perfect T-Net would allow.
+    """
+
+    def __init__(self, backbone, tnet, head, hallucinate="tnet"):
         super().__init__()
         self.backbone, self.tnet, self.head = backbone, tnet, head
+        self.hallucinate = hallucinate
 
-    def forward(self, video):
-        return self.fuse(self.backbone(video))
+    def forward(self, video, windows=None):
+        """video (B, L, ...); or distinct clips (U, 1, ...) and which of them each window is of,
+        (B, L)."""
+        features = self.backbone(video)
+        return self.fuse(features if windows is None else features[:, 0][windows])
 
-    def fuse(self, visual):
-        """From cached visual features (B, L, 512): the T-Net's hallucination stands in for the privileged ones."""
-        return self.head(visual, self.tnet(visual))
-
-
-# What follows makes the networks of a run from its settings, a dict of plain values saved with every checkpoint.
-
-def visual_backbone(settings):
-    if settings["dataset"] == "features":
-        return FeatureMLP(settings["visual_dim"])
-    return I3D() if settings["visual_backbone"] == "i3d" else R3D18()
-
-
-def privileged_backbone(settings):
-    return FeatureMLP(settings["privileged_dim"]) if settings["dataset"] == "features" else SpectrogramResNet18()
-
-
-def fusion_head(settings):
-    outputs, per_clip = settings["outputs"], settings["task"] == "regression"
-    if settings["fusion"] == "jca":
-        return JointCrossAttention(outputs, settings["length"], per_clip)
-    return {"concat": ConcatFusion, "mmt": MultimodalTransformer}[settings["fusion"]](outputs, per_clip)
-
-
-def student(settings):
-    return Student(visual_backbone(settings), TNet(), fusion_head(settings))
+    def fuse(self, visual, privileged=None):
+        """From visual features (B, L, 512); --finetune moves them under the T-Net, which stays."""
+        if self.hallucinate == "zero":
+            privileged = torch.zeros_like(visual)
+        elif self.hallucinate == "tnet":
+            privileged = self.tnet(visual)
+        return self.head(visual, privileged)
