@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 from torchvision.models.video import r3d_18
 
@@ -339,20 +340,28 @@ class Student(nn.Module):
 
     hallucinate: what stands in for the privileged features; "tnet", or for ablations "zero" and
     "oracle", which is given the true ones: no student, but what a perfect T-Net would allow.
+    chunk: how many clips pass the backbone at a time. Their activations are not kept but computed
+    again going backward (gradient caching), so that a batch of any size fits. Exact, since batch
+    norm is in eval mode when a student trains.
     """
 
-    def __init__(self, backbone, tnet, head, hallucinate="tnet"):
+    def __init__(self, backbone, tnet, head, hallucinate="tnet", chunk=None):
         super().__init__()
         self.backbone, self.tnet, self.head = backbone, tnet, head
-        self.hallucinate = hallucinate
+        self.hallucinate, self.chunk = hallucinate, chunk
 
-    def forward(self, video, windows=None):
-        """video (B, L, ...); or distinct clips (U, 1, ...) and which of them each window is of,
+    def forward(self, video, windows=None, privileged=None):
+        """video (B, L, ...); or distinct clips (U, 1, ...) and which of them each window has,
         (B, L)."""
-        features = self.backbone(video)
-        return self.fuse(features if windows is None else features[:, 0][windows])
+        if self.chunk:
+            chunks = video.split(self.chunk)
+            chunks = [checkpoint(self.backbone, clips, use_reentrant=False) for clips in chunks]
+            features = torch.cat(chunks)
+        else:
+            features = self.backbone(video)
+        return self.fuse(features if windows is None else features[:, 0][windows], None, privileged)
 
-    def fuse(self, visual, privileged=None):
+    def fuse(self, visual, windows=None, privileged=None):
         """From visual features (B, L, 512); --finetune moves them under the T-Net, which stays."""
         if self.hallucinate == "zero":
             privileged = torch.zeros_like(visual)

@@ -15,7 +15,7 @@ ANCHORS = ("dissimilar", "similar", "random")
 
 
 def cosine_similarity_matrix(z):
-    """Cosine similarity of each row of z (b, m) to each, (b, b); Eq. 1-4. A zero row gives zeros."""
+    """Cosine similarity of each row of z (b, m) to each, (b, b); Eq. 1-4. Zero rows give zeros."""
     norm = z.norm(dim=1, keepdim=True)  # Eq. 3
     z = z / norm.where(norm > 0, 1)
     return z @ z.T  # Eq. 1, 2 and 4: dividing the rows first is dividing C by N N^T
@@ -105,7 +105,9 @@ def _relations(z):
     gram = z @ z.T
     inner = gram - gram[:, :, None] - gram[:, None] + gram.diagonal()[:, None, None]  # [j, i, k]
     length = d.where(d > 0, 1)
-    return d / mean.where(mean > 0, 1), inner / (length[:, :, None] * length[:, None])
+    # of two samples that nearly coincide, rounding alone would make a "cosine" of a hundred
+    cosine = (inner / (length[:, :, None] * length[:, None])).clamp(-1, 1)
+    return d / mean.where(mean > 0, 1), cosine
 
 
 def ccc(prediction, target):

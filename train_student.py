@@ -4,7 +4,7 @@ predict, tabulate.
     python train_student.py --lambda 0.4 --k 30                # the newest teacher under runs/
     python train_student.py --method cosine --fold all
     python train_student.py --evaluate runs/biovid_b-synthetic/c2/fold1/student-pkdot.pt
-    python train_student.py --predict faces --student runs/biovid_b-synthetic/c2/fold1/student-pkdot.pt
+    python train_student.py --predict faces --student student-pkdot.pt
     python train_student.py --table 5 --synthetic --seeds 3    # trains what is missing, then prints
     python train_student.py --figure 7 --synthetic
 
@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data
 import models
 import train_teacher
-from data import Parser, UserError, fold_windows
+from data import Parser, UserError
 from models import Fused
 from pkdot import (
     ANCHORS,
@@ -49,8 +49,9 @@ from train_teacher import append_line, bar, fingerprint, load, score, show
 # What lambda weighs in Eq. 9, of the student's and the teacher's Fused of a batch.
 # To add a baseline: write its loss in pkdot.py, and a line here.
 METHODS = {
-    "pkdot": lambda s, t, args: pkdot_loss(s.z, t.z, min(args.k, len(s.z)), args.epsilon, args.debias,
-                                           args.anchors, args.shared, args.transport),  # Eq. 1-6
+    "pkdot": lambda s, t, args: pkdot_loss(  # Eq. 1-6
+        s.z, t.z, min(args.k, len(s.z)), args.epsilon, args.debias, args.anchors, args.shared,
+        args.transport),
     "cosine": lambda s, t, args: cosine_loss(s.z, t.z),
     "mse": lambda s, t, args: mse_loss(s.z, t.z),
     "kl": lambda s, t, args: kl_loss(s.output, t.output),
@@ -80,7 +81,7 @@ def distil(path, args, keep_student=True, watch=None):
                         "has none; choose another method")
 
     features = open_run(path, teacher)
-    fold = fold_windows(features, settings["fold"], dense=True)
+    fold = train_teacher.fold_of(features, settings, dense=True)
     samples = len(fold.train.index)
     b = min(args.batch_size, samples)
     if b < args.batch_size and keep_student:
@@ -93,21 +94,21 @@ def distil(path, args, keep_student=True, watch=None):
     student, trained = make_student(path, teacher, args)
     optimizer = torch.optim.Adam(trained.parameters(), lr=args.lr, fused=True)
     frozen = fingerprint(student.tnet.state_dict())
-    source, forward = what_the_student_sees(student, features, settings, args)
+    seen = what_the_student_sees(features, settings, args)
+    network = student if args.finetune else student.fuse
+    over_ranks = train_teacher.spread(student, args) if args.finetune else network
 
-    def predict(windows, part):
-        batches = torch.arange(len(windows.index)).split(b)
-        inputs = student_inputs(source, windows.index, batches, args)
-        return train_teacher.answers(lambda x: getattr(forward(*x), part), inputs)
+    def forward(network, x):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            output, z = network(*x)
+        return Fused(output.float(), z.float())
 
-    def keep_best():
-        if best and keep_student:
-            trained.load_state_dict(best["model"])
-            diverged = finished.with_suffix(".diverged.pt")
-            save_student(diverged, student, saved_as, features, fold, {}, {})
-            return diverged
+    def predict(windows, part="output"):
+        batches = train_teacher.dealt(torch.arange(len(windows.index)).split(b), args)
+        inputs = student_inputs(*seen, windows.index, batches, args)
+        return train_teacher.answers(lambda x: getattr(forward(network, x), part), inputs, args)
 
-    first, best, saved = 0, None, time.time()
+    first, best, fault, saved = 0, None, None, time.time()
     if args.resume and keep_student and progress.exists():
         first, best = train_teacher.restore_progress(progress, saved_as, trained, optimizer)
     if watch:
@@ -117,63 +118,76 @@ def distil(path, args, keep_student=True, watch=None):
         train_teacher.seed_all(args.seed, 3, epoch + 1)
         order = torch.randperm(samples)[:samples - samples % b]
         batches = order.split(b)
-        inputs = student_inputs(source, fold.train.index, batches, args)
+        shares = [train_teacher.share(batch, args) for batch in batches]
+        inputs = student_inputs(*seen, fold.train.index, shares, args)
         trained["head"].train()  # a backbone's batch norm keeps the statistics of stage 1
-        terms = train_epoch(forward, batches, inputs, label, targets, optimizer, args, epoch, keep_best)
-        loss_gt, W = train_teacher.step_means(terms, ["L_gt", "W"], epoch, ADVICE, keep_best)
+        answers = (forward(over_ranks, x) for x in inputs)
+        terms = train_epoch(answers, batches, label, targets, optimizer, args)
+        means, fault = train_teacher.step_means(terms, ["L_gt", "W"], epoch)
+        if fault:
+            break
 
         # select: val, held-out training groups choose the epoch; test, the test fold does (the
         # release); last, nothing
         trained.eval()
         chosen_on = fold.test if args.select == "test" else fold.val
-        found = score(features, chosen_on, predict(chosen_on, "output"))
+        found = score(features, chosen_on, predict(chosen_on))
         value = train_teacher.criterion(found)
         if best is None or args.select == "last" or value > best["score"]:
             best = dict(score=value, epoch=epoch, model=train_teacher.snapshot(trained))
 
         # keep
-        if keep_student:
-            log_epoch(run, args, choice["epochs"], epoch, loss_gt, W, found)
-        if keep_student and time.time() - saved > train_teacher.SAVE_EVERY:
-            train_teacher.keep_progress(progress, saved_as, epoch, trained, optimizer, best)
-            saved = time.time()
+        if keep_student and args.rank == 0:
+            log_epoch(run, args, choice["epochs"], epoch, *means, found)
+            if time.time() - saved > train_teacher.SAVE_EVERY:
+                train_teacher.keep_progress(progress, saved_as, epoch, trained, optimizer, best)
+                saved = time.time()
         if watch:
             watch(epoch + 1, lambda windows: predict(windows, "z"))
 
-    # finish: the test fold, once
+    # finish: the test fold, once; the validation part, by which a table may choose lambda
     if fingerprint(student.tnet.state_dict()) != frozen:
         raise RuntimeError("the frozen T-Net has changed during distillation")
-    trained.load_state_dict(best["model"])
-    output = predict(fold.test, "output")
+    if best:
+        trained.load_state_dict(best["model"])
+    state = dict(kind="student", settings=saved_as, model=train_teacher.snapshot(student),
+                 test_names=features.name[fold.test.index.unique().numpy()].astype(str).tolist())
+    if fault:
+        advice = "lower --lr or raise --epsilon"
+        train_teacher.diverged(fault, advice, finished, best and keep_student and state)
+    output, validation = predict(fold.test), score(features, fold.val, predict(fold.val))
     found = score(features, fold.test, output)
-    record = train_teacher.result_line(settings, "student", found, time.time() - begin,
-                                       epoch=best["epoch"] + 1, b=b, k_used=min(args.k, b), **choice)
-    if keep_student:
-        train_teacher.log_videos(run, f"student {args.method}", features, fold.test, output)
-        save_student(finished, student, saved_as, features, fold, found, record)
-        progress.unlink(missing_ok=True)
-    append_line(args.out / "results.jsonl", record)
+    record = train_teacher.result_line(
+        settings, "student", found, time.time() - begin, b=b, k_used=min(args.k, b),
+        epoch=best["epoch"] + 1, validation=train_teacher.criterion(validation), **choice)
+    if args.rank == 0:
+        if keep_student:
+            train_teacher.log_videos(run, f"student {args.method}", features, fold.test, output)
+            train_teacher.save(finished, {**state, "scores": found, "record": record})
+            progress.unlink(missing_ok=True)
+        append_line(args.out / "results.jsonl", record)
     return record
 
 
-ADVICE = "lower --lr or raise --epsilon"
+def train_epoch(answers, batches, label, teacher, optimizer, args):
+    """The steps of one epoch; returns L_gt and W of each.
 
-
-def train_epoch(forward, batches, inputs, label, teacher, optimizer, args, epoch, keep_best):
-    """The steps of one epoch; label (S, ...) and the teacher's Fused (S, ...) are of all windows.
-    Returns L_gt and W of each."""
+    answers: the student's Fused of this rank's share of each batch, computed as it is asked for;
+    label (S, ...) and the teacher's Fused (S, ...) are of all windows.
+    """
     lam = vars(args)["lambda"]  # a keyword of Python's
     terms = []
-    for step, (batch, x) in enumerate(zip(batches, inputs, strict=True)):
+    for batch, s in zip(batches, answers, strict=True):
         batch = batch.to(args.device)
-        s, t = forward(*x), Fused(*(answer[batch] for answer in teacher))
+        s = Fused(*(train_teacher.gather(part, len(batch), args) for part in s))
+        t = Fused(*(part[batch] for part in teacher))
 
         loss_gt = task_loss(s.output, label[batch])  # Eq. 7 or 8
         try:
             W = METHODS[args.method](s, t, args)
-        except ValueError:  # a representation is no longer finite
-            terms = [loss_gt.item(), math.nan]
-            train_teacher.diverged(epoch, step, ["L_gt", "W"], terms, ADVICE, keep_best)
+        except ValueError:  # a representation is not finite: no epoch goes on from here
+            terms.append(torch.stack([loss_gt, torch.full_like(loss_gt, math.nan)]).detach())
+            break
         loss = loss_gt + lam * W  # Eq. 9
 
         optimizer.zero_grad()
@@ -183,39 +197,38 @@ def train_epoch(forward, batches, inputs, label, teacher, optimizer, args, epoch
     return terms
 
 
-def what_the_student_sees(student, features, settings, args):
-    """(source, forward): cached features and what lies behind the backbone, or, under --finetune,
-    the faces and all of the student."""
-    def forward(*x):
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            answer = student(*x) if args.finetune else student.fuse(*x)
-        return Fused(answer.output.float(), answer.z.float())
-
+def what_the_student_sees(features, settings, args):
+    """(visual, privileged): the rows of visual features (R, 512), or under --finetune what lies
+    before the backbone, a data set of faces or rows (R, Dv); and for an oracle the true privileged
+    features (R, 512), else None."""
     rows = {name: value.to(args.device) for name, value in features.rows.items()}
+    privileged = rows["privileged"] if args.hallucinate == "oracle" else None
     if not args.finetune:
-        oracle = (rows["privileged"],) if args.hallucinate == "oracle" else ()
-        return (rows["visual"], *oracle), forward
+        return rows["visual"], privileged
     source = open_faces(settings, args.root)
     if not np.array_equal(source.name, features.name):
         raise UserError(f"{source.path}: its clips are no longer those of the teacher's features; "
                         "train the teacher again, or give the --root it was trained on")
     if settings["dataset"] == "features":
-        return (source.rows["visual"].to(args.device),), forward
-    return source, forward
+        return source.rows["visual"].to(args.device), privileged
+    return source, privileged
 
 
-def student_inputs(source, index, batches, args):
-    """What the student sees of the windows index (S, L), batch by batch: rows (b, L, D) of each of a
-    tuple of tensors, which lie on the device; or of a data set the distinct clips (U, 1, 3, F, H, W)
-    of a batch, read once each, and which of them its windows are (b, L)."""
-    if isinstance(source, tuple):
-        index = index.to(args.device)
-        return (tuple(rows[index[batch.to(args.device)]] for rows in source) for batch in batches)
-    picks = [index[batch].unique(return_inverse=True) for batch in batches]
-    every = torch.arange(len(source.name))[:, None]
-    loader = train_teacher.clip_loader(source, "visual", every, [rows for rows, _ in picks], args)
-    return ((clips.to(args.device, non_blocking=True), windows.to(args.device))
-            for clips, (_, windows) in zip(loader, picks, strict=True))
+def student_inputs(visual, privileged, index, batches, args):
+    """What the student sees of the windows index (S, L), batch by batch: (visual, windows,
+    privileged). Rows give visual (b, L, D) and windows None; a data set gives the distinct clips
+    (U, 1, 3, F, H, W) of the batch, read once each, and which of them its windows have (b, L)."""
+    batches = [index[batch] for batch in batches]  # (b, L) rows each
+    truth = (None if privileged is None else privileged[rows.to(args.device)] for rows in batches)
+    if torch.is_tensor(visual):
+        seen = ((visual[rows.to(args.device)], None) for rows in batches)
+    else:
+        picks = [rows.unique(return_inverse=True) for rows in batches]
+        every, rows = torch.arange(len(visual.name))[:, None], [rows for rows, _ in picks]
+        clips = train_teacher.clip_loader(visual, "visual", every, rows, args)
+        seen = ((x.to(args.device, non_blocking=True), windows.to(args.device))
+                for x, (_, windows) in zip(clips, picks, strict=True))
+    return ((*pair, true) for pair, true in zip(seen, truth, strict=True))
 
 
 @torch.no_grad()
@@ -228,19 +241,19 @@ def teacher_answers(teacher, features, index, device):
     return Fused(*(torch.cat(part) for part in zip(*answers, strict=True)))
 
 
-def build_student(settings, hallucinate="tnet"):
+def build_student(settings, hallucinate="tnet", chunk=None):
     return models.Student(train_teacher.make_backbone("visual", settings), models.TNet(),
-                          train_teacher.make_head(settings), hallucinate)
+                          train_teacher.make_head(settings), hallucinate, chunk)
 
 
 def make_student(path, teacher, args):
     """The student, and the part of it that stage 3 trains; all else is frozen."""
-    settings, folder = teacher["settings"], train_teacher.stage_1_folder(path.parent, teacher["settings"])
-    student = build_student(settings, args.hallucinate)
+    settings = teacher["settings"]
+    folder = train_teacher.stage_1_folder(path.parent, settings)
+    student = build_student(settings, args.hallucinate, args.chunk)
     student.tnet.load_state_dict(teacher["tnet"])
-    stage_1 = load(folder / "visual.pt", "visual")["model"]
-    student.backbone.load_state_dict({key.removeprefix("backbone."): value for key, value in stage_1.items()
-                                      if key.startswith("backbone.")})
+    stage_1 = load(folder / "visual.pt", "visual")
+    student.backbone.load_state_dict(train_teacher.backbone_weights(stage_1))
     if not teacher["backbones"].startswith(fingerprint(student.backbone.state_dict())):
         raise UserError(f"{folder}: visual.pt was trained again after {path}; "
                         "finish the teacher: train_teacher.py --resume with the same flags")
@@ -249,13 +262,6 @@ def make_student(path, teacher, args):
     if args.finetune:
         trained["backbone"] = student.backbone
     return student, trained.requires_grad_(True)
-
-
-def save_student(path, student, settings, features, fold, scores, record):
-    """Self-contained: weights, settings as plain types, and the names of the test clips."""
-    names = features.name[fold.test.index.unique().numpy()].astype(str).tolist()
-    train_teacher.save(path, dict(kind="student", settings=settings, scores=scores, record=record,
-                                  model=train_teacher.snapshot(student), test_names=names))
 
 
 def log_epoch(run, args, epochs, epoch, loss_gt, W, found):
@@ -286,16 +292,16 @@ def open_run(path, teacher):
     return features
 
 
-CHOICES = ("method", "lambda", "k", "epsilon", "debias", "anchors", "shared", "transport", "hallucinate",
-           "batch_size", "lr", "epochs", "finetune", "select", "seed", "amp")
+CHOICES = ("method", "lambda", "k", "epsilon", "debias", "anchors", "shared", "transport",
+           "hallucinate", "batch_size", "lr", "epochs", "finetune", "select", "seed", "amp")
 
 
 def identity(args, teacher):
     """What a line of results.jsonl must agree in to stand for a run: every choice, the teacher's
     weights, the code of the loss and the networks."""
     choice = {key: vars(args)[key] for key in CHOICES}
-    if args.epochs is None:
-        choice["epochs"] = 50 if teacher["settings"]["synthetic"] else 20  # its epochs are of few steps
+    if args.epochs is None:  # a stand-in's epochs are of few steps
+        choice["epochs"] = 50 if teacher["settings"]["synthetic"] else 20
     weights = fingerprint(teacher["head"]), fingerprint(teacher["tnet"]), teacher["backbones"]
     return {**choice, "teacher": "-".join(weights), "code": code_digest()}
 
@@ -307,14 +313,20 @@ def code_digest():
     return hashlib.sha256(b"".join(code)).hexdigest()[:12]
 
 
+def teachers_under(out, name):
+    """All teacher.pt of a data set, "*" for any, the newest first."""
+    found = out.glob(f"{name}/*/fold*/teacher.pt")
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
 def newest_teacher(args):
     """The newest teacher.pt under --out, of --dataset and --synthetic if they are given."""
     name = (args.dataset or "*") + "-synthetic" * args.synthetic
-    found = sorted(args.out.glob(f"{name}/*/fold*/teacher.pt"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise UserError(f"{args.out}: no {name.replace('*', '<dataset>')}/<variant>/fold<n>/teacher.pt "
-                        "in it; run train_teacher.py first")
-    return found[-1]
+    if not (found := teachers_under(args.out, name)):
+        name = name.replace("*", "<dataset>")
+        raise UserError(f"{args.out}: no {name}/<variant>/fold<n>/teacher.pt in it; "
+                        "run train_teacher.py first")
+    return found[0]
 
 
 def load_student(path, device):
@@ -337,7 +349,7 @@ def student_output(student, settings, source, index, args, text):
         with precision(enabled=amp):
             return student.fuse(features.float()).output
 
-    return train_teacher.answers(forward, bar(loader, text))
+    return train_teacher.answers(forward, bar(loader, text), args)
 
 
 def evaluate(path, args):
@@ -347,8 +359,8 @@ def evaluate(path, args):
     here = np.isin(source.name.astype(str), wanted)
     missing = sorted(set(wanted) - set(source.name[here].astype(str)))
     if missing:
-        raise UserError(f"{source.path}: lacks {len(missing)} of the student's {len(wanted)} test clips, "
-                        f"first {missing[0]}; give the --root it was trained on")
+        raise UserError(f"{source.path}: lacks {len(missing)} of the student's {len(wanted)} test "
+                        f"clips, first {missing[0]}; give the --root it was trained on")
     windows = data.label_windows(source, source.label)
     windows = windows.take(torch.from_numpy(here)[windows.index].all(1))
     output = student_output(student, settings, source, windows.index, args, "evaluate")
@@ -400,6 +412,7 @@ class Column(NamedTuple):
     classes: int | str  # "va" for valence/arousal
     metric: str
     change: dict = {}  # of the flags, for all cells below
+    series: str = ""  # what the change is called
 
 
 class Row(NamedTuple):
@@ -412,6 +425,7 @@ class Table(NamedTuple):
     title: str
     columns: list
     rows: list
+    reference: object = None  # of a figure: which cell (i, j) is compared to
 
 
 TABLE_I = {
@@ -425,7 +439,10 @@ TABLE_I = {
 BIOVID_B = Column("BioVid (B) accuracy", "biovid_b", 2, "accuracy")
 VALENCE = Column("Affwild2 valence", "affwild2", "va", "valence")
 AROUSAL = Column("Affwild2 arousal", "affwild2", "va", "arousal")
-LOWER, STUDENT, UPPER = "Visual only (lower bound)", "Student - PKDOT", "Multimodal (upper bound)"
+LOWER = Row("Visual only (lower bound)", "visual")
+UPPER = Row("Multimodal (upper bound)", "multimodal")
+NONE = Row("none (lambda 0)", {"method": "none"})
+PKDOT = Row("Student - PKDOT", {})
 
 TABLES = {
     "2": Table("Table II: privileged KD methods", [BIOVID_B, VALENCE, AROUSAL], [
@@ -433,17 +450,18 @@ TABLES = {
         Row("MSE [8]", {"method": "mse"}, ("N/A", "0.39", "0.53")),
         Row("KL [8]", {"method": "kl"}, ("75.80", "N/A", "N/A")),
         Row("PKDOT", {}, ("78.76", "0.43", "0.56")),
+        Row("PKDOT, shared anchors", {"shared": True}),
         Row("RKD [31]", {"method": "rkd"}),
-        Row("none (lambda 0)", {"method": "none"})]),
+        NONE, LOWER, UPPER]),
     "3": Table("Table III: visual-only methods, Affwild2 validation set", [VALENCE, AROUSAL], [
         Row("ResNet-50 [44]", None, ("0.31", "0.17")),
         Row("SENet-50 [45]", None, ("0.28", "0.34")),
         Row("MobileNet [46]", None, ("0.28", "0.44")),
         Row("RegNet + GRU [47]", None, ("0.43", "0.57")),
         Row("ResNeXt + SENet [48]", None, ("0.51", "0.48")),
-        Row(LOWER, "visual", ("0.41", "0.51")),
-        Row(STUDENT, {}, ("0.43", "0.56")),
-        Row(UPPER, "multimodal", ("0.67", "0.59"))]),
+        LOWER._replace(paper=("0.41", "0.51")), NONE,
+        PKDOT._replace(paper=("0.43", "0.56")),
+        UPPER._replace(paper=("0.67", "0.59"))]),
     "4": Table("Table IV: visual-only methods, BioVid (A)", [
         Column("BL1 vs. PA4 accuracy", "biovid_a", 2, "accuracy"),
         Column("5 classes accuracy", "biovid_a", 5, "accuracy")], [
@@ -453,37 +471,57 @@ TABLES = {
         Row("GNN [50]", None, ("73.20", "NR")),
         Row("ViT [51]", None, ("73.28", "31.52")),
         Row("ResNet-18 [52]", None, ("NR", "36.60")),
-        Row(LOWER, "visual", ("72.10", "30.38")),
-        Row(STUDENT, {}, ("74.55", "33.65")),
-        Row(UPPER, "multimodal", ("83.50", "36.40"))]),
+        LOWER._replace(paper=("72.10", "30.38")), NONE,
+        PKDOT._replace(paper=("74.55", "33.65")),
+        UPPER._replace(paper=("83.50", "36.40"))]),
     "5": Table("Table V: visual-only methods, BioVid (B)", [BIOVID_B], [
         Row("Handcrafted + RF [22]", None, ("72.70",)),
-        Row(LOWER, "visual", ("74.10",)),
-        Row(STUDENT, {}, ("78.76",)),
-        Row(UPPER, "multimodal", ("81.30",))]),
-    "choices": Table("Choices that the paper leaves open (not in the paper)",
-                     [BIOVID_B, VALENCE, AROUSAL], [
-        Row("PKDOT", {}),
-        Row("anchors: most similar", {"anchors": "similar"}),
-        Row("anchors: random", {"anchors": "random"}),
-        Row("not debiased (Eq. 5)", {"debias": False}),
-        *(Row(f"lambda {x:g}", {"lambda": x}) for x in (0.0, 0.1, 1.0, 4.0, 10.0)),
-        Row("the release's, epoch chosen on test",
-            {"epsilon": 0.01, "lambda": 0.6, "select": "test"})])}
+        LOWER._replace(paper=("74.10",)), NONE,
+        PKDOT._replace(paper=("78.76",)),
+        UPPER._replace(paper=("81.30",))]),
+    "choices": Table(
+        "Choices that the paper leaves open (not in the paper)", [BIOVID_B, VALENCE, AROUSAL], [
+            Row("PKDOT", {}),
+            Row("anchors shared by the batch", {"shared": True}),
+            Row("anchors shared, random", {"shared": True, "anchors": "random"}),
+            Row("anchors: most similar", {"anchors": "similar"}),
+            Row("anchors: random", {"anchors": "random"}),
+            Row("no transport: row i with row i", {"transport": False}),
+            Row("not debiased (Eq. 5)", {"debias": False}),
+            Row("T-Net's output zero", {"hallucinate": "zero"}),
+            Row("true privileged features (no student)", {"hallucinate": "oracle"}),
+            Row("backbone trained", {"finetune": True}),
+            *(Row(f"lambda {x:g}", {"lambda": [x]}) for x in (0.0, 0.1, 1.0, 4.0, 10.0)),
+            Row("epoch chosen on the test fold", {"select": "test"}),
+            Row("folds over clips", {"folds": "clips"}),
+            Row("the release's lambda and epsilon", {"lambda": [0.6], "epsilon": 0.01}),
+            Row("the release's protocol (all three)", {
+                "lambda": [0.6], "epsilon": 0.01, "select": "test", "folds": "clips"}),
+            NONE, LOWER, UPPER])}
 FIGURES = {
     "6": Table("Figure 6: batch size and number of anchors", [
-        Column(f"k = {k}, BioVid (B) accuracy", "biovid_b", 2, "accuracy", {"k": k})
+        Column(f"k = {k}, BioVid (B) accuracy", "biovid_b", 2, "accuracy", {"k": k}, f"k = {k}")
         for k in (5, 15, 30)], [
-        Row(f"batch size {b}", {"batch_size": b}) for b in (32, 64, 128, 256)]),
+        Row(f"batch size {b}", {"batch_size": b}) for b in (32, 64, 128, 256)],
+        lambda i, j: (2, j - j % 3 + 2)),  # the paper's 128 and 30
     "7": Table("Figure 7: epsilon", [BIOVID_B, VALENCE, AROUSAL], [
-        Row(f"epsilon {e:g}", {"epsilon": e}) for e in (0.001, 0.01, 0.1, 1.0, 10.0)])}
+        Row(f"epsilon {e:g}", {"epsilon": e}) for e in (0.001, 0.01, 0.1, 1.0, 10.0)],
+        lambda i, j: (2, j)),  # the paper's 0.1
+    "labels": Table("Figure labels: number of labelled training samples (not in the paper)", [
+        Column(f"{name}, BioVid (A) accuracy", "biovid_a", 2, "accuracy", change, name)
+        for name, change in (
+            ("none", {"method": "none"}), ("cosine", {"method": "cosine"}),
+            ("KL", {"method": "kl"}), ("PKDOT", {}), ("PKDOT shared", {"shared": True}))], [
+        *(Row(f"labels {n}", {"labelled": n}) for n in (20, 60, 200, 600)), Row("labels all", {})],
+        lambda i, j: (i, j - j % 5))}  # no distillation
 
 
 def read_results(path):
     """The lines of results.jsonl; one that is not JSON, of a writer that was killed, is left out
     with a warning."""
     records = []
-    for count, line in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else [], 1):
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for count, line in enumerate(text.splitlines(), 1):
         try:
             records.append(dict(json.loads(line)))
         except (ValueError, TypeError):
@@ -496,75 +534,119 @@ def undefined(method, task):
 
 
 def fill(table, args):
-    """Trains what the table lacks, teachers included. Returns {(row, column): {(fold, seed): results
-    line}} by number, and why data sets are missing. A bound has one run a fold, of seed None."""
-    known = [] if args.fresh else read_results(args.out / "results.jsonl")
-    cells, problems, teachers = {}, {}, {}
+    """Trains what the table lacks, teachers included. Returns {(row, column): {(fold, seed):
+    results line}} by number, and why data sets are missing. A bound has a run a fold, of seed None.
+    """
+    jobs, teachers, problems = {}, {}, {}
     for (i, row), (j, column) in product(enumerate(table.rows), enumerate(table.columns)):
-        cell, key = cells.setdefault((i, j), {}), (column.dataset, column.classes)
-        if row.ours is None or undefined(method_of(row, args), task_of(column)):
+        if row.ours is None or undefined(method_of(row, column), task_of(column)):
             continue
+        flags = flags_of(row, column, args)
+        key = column.dataset, column.classes, flags.labelled, flags.folds
         if key not in teachers:
             try:
-                teachers[key] = ensure_teachers(*key, args)
-            except UserError as error:
-                teachers[key], problems[column.dataset] = [], f"{column.dataset} not run: {error}"
-        for path, state in teachers[key]:
-            fold = state["settings"]["fold"]
-            if isinstance(row.ours, str):
-                scores = state["scores"][row.ours]
-                cell[fold, None] = train_teacher.result_line(state["settings"], row.ours, scores, 0)
-                continue
-            for seed in range(args.seed, args.seed + args.seeds):
-                flags = Namespace(**{**vars(args), **row.ours, **column.change, "seed": seed})
-                cell[fold, seed] = student_of(path, state, flags, known)
+                teachers[key] = ensure_teachers(column.dataset, column.classes, flags)
+            except NotHere as error:
+                teachers[key], problems[str(error)] = [], f"{column.dataset} not run: {error}"
+        seeds = range(args.seed, args.seed + args.seeds) if is_student(row) else [None]
+        for (path, teacher), seed in product(teachers[key], seeds):
+            students = [with_flags(flags, {"seed": seed, "lambda": lam})
+                        for lam in vars(flags)["lambda"] if is_student(row)]
+            jobs[i, j, teacher["settings"]["fold"], seed] = path, teacher, students
+
+    # students that results.jsonl lacks: each rank trains its share, then all read what all wrote
+    results = args.out / "results.jsonl"
+    known = [] if args.fresh else read_results(results)
+    missing = {json.dumps(want(teacher, flags)): (path, flags)
+               for path, teacher, students in jobs.values() for flags in students
+               if not student_of(teacher, flags, known)}
+    for path, flags in train_teacher.dealt(list(missing.values()), args):
+        distil(path, train_teacher.alone(flags), keep_student=False)
+    train_teacher.wait_for_all(args)
+    known = read_results(results)
+
+    cells = {(i, j): {} for i, _ in enumerate(table.rows) for j, _ in enumerate(table.columns)}
+    for (i, j, *run), (_, teacher, students) in jobs.items():
+        lines = [student_of(teacher, flags, known) for flags in students]
+        bound = table.rows[i].ours
+        cells[i, j][tuple(run)] = max(lines, key=lambda line: line["validation"]) if lines else (
+            train_teacher.result_line(teacher["settings"], bound, teacher["scores"][bound], 0))
     return cells, list(problems.values())
 
 
-def method_of(row, args):
-    return row.ours.get("method", args.method) if isinstance(row.ours, dict) else "none"
+class NotHere(UserError):
+    """A data set is not there, or cannot be divided as a row asks."""
+
+
+def with_flags(args, change):
+    return Namespace(**{**vars(args), **change})
+
+
+def is_student(row):
+    return isinstance(row.ours, dict)
+
+
+def flags_of(row, column, args):
+    """The flags of a cell: those of the command with what its row and column change."""
+    flags = with_flags(args, {**column.change, **(row.ours if is_student(row) else {})})
+    if flags.method == "none":
+        vars(flags)["lambda"] = vars(flags)["lambda"][:1]  # it weighs nothing
+    return flags
+
+
+def method_of(row, column):
+    return {**column.change, **(row.ours if is_student(row) else {})}.get("method", "pkdot")
 
 
 def task_of(column):
     return "classification" if column.metric == "accuracy" else "regression"
 
 
-def student_of(path, teacher, args, known):
-    """The results line of a student: the last equal one that is known, else trained now."""
+def want(teacher, args):
+    """What a student's results line must agree in."""
     settings = teacher["settings"]
-    want = {**{k: settings[k] for k in ("dataset", "synthetic", "fold")}, "role": "student",
+    return {**{k: settings[k] for k in ("dataset", "synthetic", "fold")}, "role": "student",
             **identity(args, teacher)}
-    done = [line for line in known if all(line.get(k) == v for k, v in want.items())]
-    if not done:
-        done = [distil(path, args, keep_student=False)]
-        known += done
-    return done[-1]
+
+
+def student_of(teacher, args, known):
+    """The last of the results lines that are a student's of these flags, or None."""
+    wanted = want(teacher, args).items()
+    return next((line for line in reversed(known) if wanted <= line.items()), None)
 
 
 def ensure_teachers(dataset, classes, args):
     """(path, state) of each fold's teacher for a table. What is missing is trained like the newest
     that is there, or with train_teacher.py's defaults."""
-    settings, source = train_teacher.make_settings(
-        dataset, args.root, args.synthetic, amp=args.amp, classes=classes if classes != "va" else None)
-    pattern = settings["dataset"] + "-synthetic" * settings["synthetic"] + "/*/fold*/teacher.pt"
-    there = sorted(args.out.glob(pattern), key=lambda p: p.stat().st_mtime, reverse=True)
-    there = (load(path, "teacher")["settings"] for path in there)
-    same = ("root", "task", "outputs")
+    try:
+        settings, source = train_teacher.make_settings(
+            dataset, args.root, args.synthetic, amp=args.amp, labelled=args.labelled,
+            folds=args.folds, classes=None if classes == "va" else classes)
+        train_teacher.fold_of(source, {**settings, "fold": 1})
+    except UserError as error:
+        raise NotHere(error) from None
+    name = dataset + "-synthetic" * settings["synthetic"]
+    there = (load(path, "teacher")["settings"] for path in teachers_under(args.out, name))
+    same = ("root", "task", "outputs", "labelled", "folds")
     found = next((s for s in there if all(s[k] == settings[k] for k in same)), {})
     changed = [f"{key} {value}" for key, value in found.items()
                if key in settings and value != settings[key] and key != "data"]
     if changed:
         print(f"{dataset}: teachers with {', '.join(changed)}")
+
     settings = {**settings, **found, "data": settings["data"]}
+    folds = [n for n in train_teacher.folds_of(source) if {"all", str(n)} & set(args.fold)]
+    runs = {fold: train_teacher.run_folder({**settings, "fold": fold}, args.out) for fold in folds}
+    missing = [fold for fold, run in runs.items() if not (run / "teacher.pt").exists()]
+    for fold in train_teacher.dealt(missing, args):
+        flags = with_flags(train_teacher.alone(args), {"resume": True})
+        train_teacher.train_teacher({**settings, "fold": fold}, source, flags)
+    train_teacher.wait_for_all(args)
     teachers = []
-    for fold in train_teacher.folds_of(source):
-        settings = {**settings, "fold": fold}
-        path = train_teacher.run_folder(settings, args.out) / "teacher.pt"
-        if not path.exists():
-            train_teacher.train_teacher(settings, source, Namespace(**{**vars(args), "resume": True}))
-        state = load(path, "teacher")
-        train_teacher.same_settings(state, settings, path)
-        teachers.append((path, state))
+    for fold, run in runs.items():
+        state = load(run / "teacher.pt", "teacher")
+        train_teacher.same_settings(state, {**settings, "fold": fold}, run / "teacher.pt")
+        teachers.append((run / "teacher.pt", state))
     return teachers
 
 
@@ -573,21 +655,27 @@ def metric_of(cell, column):
 
 
 def interval(ours, theirs):
-    """Mean and 95 % t interval of ours - theirs, {(fold, seed): score} each, paired by fold and seed
-    -> (mean, low, high), or None below two pairs.
+    """Mean and 95 % t interval of ours - theirs, {(fold, seed): score} each, paired by fold and
+    seed -> (mean, low, high), or None below two pairs. A bound (seed None) pairs with every seed.
 
     Seeds of one fold share its teacher and its test samples, so that a fold's differences are
-    averaged first; with a single fold the seeds are what is left to vary. A bound (seed None) pairs
-    with every seed.
+    averaged first; with a single fold the seeds are what is left to vary. Folds share training data:
+    their variance is corrected as by Nadeau and Bengio (2003), 1/J + n_test/n_train for 1/J, where
+    a fifth of the data is for testing.
     """
-    pairs = {(fold, seed): value - theirs.get((fold, seed), theirs.get((fold, None)))
-             for (fold, seed), value in ours.items() if {(fold, seed), (fold, None)} & theirs.keys()}
-    folds = {fold: [d for (f, _), d in pairs.items() if f == fold] for fold, _ in pairs}
-    sample = [statistics.mean(d) for d in folds.values()] if len(folds) > 1 else list(pairs.values())
+    by_fold = {}
+    for (fold, seed), value in ours.items():
+        other = theirs.get((fold, seed), theirs.get((fold, None)))
+        if other is not None:
+            by_fold.setdefault(fold, []).append(value - other)
+    sample, shared = [statistics.mean(d) for d in by_fold.values()], 1 / 4
+    if len(sample) == 1:
+        (sample,), shared = by_fold.values(), 0
     if len(sample) < 2:
         return None
     mean = statistics.mean(sample)
-    half = stats.t.ppf(0.975, len(sample) - 1) * stats.sem(sample)
+    error = math.sqrt((1 / len(sample) + shared) * statistics.variance(sample))
+    half = stats.t.ppf(0.975, len(sample) - 1) * error
     return mean, mean - half, mean + half
 
 
@@ -595,36 +683,65 @@ def number(value, column, sign=""):
     return f"{value:{sign}.{2 if column.metric == 'accuracy' else 3}f}"
 
 
-def summary(runs):
-    """Mean and standard deviation over folds and seeds, and the number of runs."""
+def runs_of(cell):
+    """What a +- is over: "5 folds x 3 seeds"."""
+    folds, seeds = ({key[i] for key in cell} for i in (0, 1))
+    text = f"{len(folds)} fold{'s' * (len(folds) > 1)}"
+    return text if seeds == {None} else f"{text} x {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+
+
+def summary(cell, column):
+    """Mean and standard deviation over folds and seeds."""
+    runs = list(metric_of(cell, column).values())
     spread = statistics.stdev(runs) if len(runs) > 1 else 0.0
-    return statistics.mean(runs) if runs else math.nan, spread, len(runs)
+    return statistics.mean(runs) if runs else math.nan, spread
 
 
-def format_cell(column, row, cell, args):
+def format_cell(column, row, cell):
     if row.ours is None:
         return ""
-    if undefined(method_of(row, args), task_of(column)):
+    if undefined(method_of(row, column), task_of(column)):
         return "n/a"
     if not cell:
         return "not run"
-    mean, spread, runs = summary(list(metric_of(cell, column).values()))
-    if runs == 1:
-        return f"{number(mean, column)} (1 run)"
-    return f"{number(mean, column)} ± {number(spread, column)} ({runs} runs)"
+    mean, spread = (number(value, column) for value in summary(cell, column))
+    return f"{mean} ({runs_of(cell)})" if len(cell) == 1 else f"{mean} ± {spread} ({runs_of(cell)})"
 
 
-def format_gap(column, reference, row, ours, theirs):
-    """The paired difference of the reference (PKDOT as in the paper) and another row, and whether
-    it is noise."""
-    text = f"- {reference.label} minus {row.label}, {column.heading}: "
+def format_gap(name, column, ours, theirs):
+    """A paired difference, and whether it is noise."""
     gap = interval(metric_of(ours, column), metric_of(theirs, column))
     if gap is None:
-        return text + "one pair, no interval"
+        return f"- {name}: one pair, no interval"
     mean, low, high = (number(value, column, "+") for value in gap)
     over = "folds" if len({fold for fold, _ in ours}) > 1 else "the seeds of one split"
     noise = ", inside the noise" if gap[1] <= 0 <= gap[2] else ""
-    return text + f"{mean}, 95 % interval over {over} [{low}, {high}]{noise}"
+    return f"- {name}: {mean}, 95 % interval over {over} [{low}, {high}]{noise}"
+
+
+def gaps(table, cells):
+    """(name, column, cell, cell) of each paired difference: of a table's PKDOT and its other rows,
+    or of a figure's cells and its reference. Folds that are divided otherwise have no pairs."""
+    _, columns, rows, reference = table
+    first = next((i for i, row in enumerate(rows) if row.ours == {}), None)
+    for (j, column), (i, row) in product(enumerate(columns), enumerate(rows)):
+        if reference:
+            a, b = (i, j), reference(i, j)
+            name = (f"{row.label}, {column.heading} minus {rows[b[0]].label}"
+                    f"{', ' * bool(column.series)}{columns[b[1]].series}")
+        elif first is not None and "folds" not in (row.ours or {}):
+            a, b, name = (first, j), (i, j), f"{rows[first].label} minus {row.label}, {column.heading}"
+        else:
+            continue
+        if a != b and cells[a] and cells[b]:
+            yield name, column, cells[a], cells[b]
+
+
+CAPTION = """
+The visual-only network is stage 1's: a difference to it asks whether the whole pipeline pays. "none"
+is the student's own network without a distillation term: a difference to it asks what the term adds.
+± is the standard deviation over the runs named; intervals over folds are corrected for the training
+data that folds share (Nadeau and Bengio 2003)."""
 
 
 def is_synthetic(cells):
@@ -633,35 +750,42 @@ def is_synthetic(cells):
 
 def format_table(table, cells, args):
     """The table in Markdown: for each column the paper's number and ours, then the paired
-    differences to PKDOT as in the paper."""
-    title, columns, rows = table
+    differences, and what they say."""
+    title, columns, rows, _ = table
     records = [record for cell in cells.values() for record in cell.values()]
     lines = [f"**{'SYNTHETIC DATA - ' * is_synthetic(cells)}{title}**", ""]
     lines += [TABLE_I[dataset] for dataset in dict.fromkeys(column.dataset for column in columns)]
     if columns[0].dataset == "features":
         lines[-1] += f", fusion {', '.join(sorted({record['fusion'] for record in records}))}"
-    changed = [f"{key} {value}" for key, value in vars(args).items() if key in CHOICES
-               and key != "seed" and value not in (None, parse([]).__dict__[key])]
-    lines += [f"with {', '.join(changed)}"] if changed else []
+    default = vars(parse([]))
+    changed = [f"{key} {value}" for key, value in vars(args).items()
+               if key in (*CHOICES, "labelled") and value not in (None, default[key])]
+    changed += ["folds over clips"] * (args.folds == "clips")
+    lines += [f"with {', '.join(changed)}"] * bool(changed)
 
     published = any(row.paper for row in rows)
     heads = [head for column in columns
              for head in ([f"{column.heading}: paper", "here"] if published else [column.heading])]
     lines += ["", "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for i, row in enumerate(rows):
-        ours = [format_cell(column, row, cells[i, j], args) for j, column in enumerate(columns)]
-        paper = row.paper or ["-"] * len(columns)
-        texts = [text for pair in zip(paper, ours, strict=True) for text in pair] if published else ours
+        texts = [format_cell(column, row, cells[i, j]) for j, column in enumerate(columns)]
+        if published:
+            paper = row.paper or ["-"] * len(columns)
+            texts = [text for pair in zip(paper, texts, strict=True) for text in pair]
         lines.append(f"| {row.label} | " + " | ".join(texts) + " |")
 
     lines.append("")
     sizes = {(r["batch_size"], r["b"]) for r in records if r.get("b", 1e9) < r.get("batch_size", 0)}
     for size, b in sorted(sizes):
-        lines.append(f"where fewer than {size} training samples are there, batch size {size} is b = {b}")
-    first = next((i for i, row in enumerate(rows) if row.ours == {}), None)
-    lines += [format_gap(column, rows[first], row, cells[first, j], cells[i, j])
-              for j, column in enumerate(columns) for i, row in enumerate(rows)
-              if first not in (None, i) and cells[i, j] and cells[first, j]]
+        lines.append(f"- fewer than {size} training samples: there batch size {size} is b = {b}")
+    if len(vars(args)["lambda"]) > 1:
+        lines += [f"- lambda chosen on validation, {row.label}, {column.heading}: "
+                  + ", ".join(f"{record['lambda']:g} (fold {fold}, seed {seed})"
+                              for (fold, seed), record in cells[i, j].items())
+                  for (i, row), (j, column) in product(enumerate(rows), enumerate(columns))
+                  if is_student(row) and cells[i, j] and method_of(row, column) != "none"]
+    differences = [format_gap(*gap) for gap in gaps(table, cells)]
+    lines += [*differences, CAPTION] if differences else []
     return "\n".join(lines)
 
 
@@ -671,13 +795,12 @@ def for_features(table, path):
     source = data.Features(path)
     metrics = ["accuracy"] if source.task == "classification" else ["valence", "arousal"]
     classes = source.outputs if source.task == "classification" else "va"
-    changes = [c.change for c in table.columns
-               if c.dataset == table.columns[0].dataset and c.metric == "accuracy"]
-    changes = [change for n, change in enumerate(changes) if change not in changes[:n]] or [{}]
-    columns = [Column(", ".join([*(f"{k} = {v}" for k, v in change.items()), f"{Path(path).stem} {metric}"]),
-                      "features", classes, metric, change) for metric in metrics for change in changes]
+    series = [c for c in table.columns if c[1:4] == table.columns[0][1:4]]  # of one data set
+    columns = [Column(f"{c.series}{', ' * bool(c.series)}{Path(path).stem} {metric}", "features",
+                      classes, metric, c.change, c.series) for metric in metrics for c in series]
     title = table.title.partition(",")[0]  # without the data set
-    return Table(title, columns, [Row(row.label, row.ours) for row in table.rows if row.ours is not None])
+    rows = [Row(row.label, row.ours) for row in table.rows if row.ours is not None]
+    return Table(title, columns, rows, table.reference)
 
 
 def of_dataset(table, dataset):
@@ -685,8 +808,8 @@ def of_dataset(table, dataset):
     keep = [j for j, column in enumerate(table.columns) if column.dataset == dataset]
     if not keep:
         raise UserError(f"--dataset {dataset}: {table.title} has no column of it")
-    rows = [Row(row.label, row.ours, tuple(row.paper[j] for j in keep if row.paper)) for row in table.rows]
-    return Table(table.title, [table.columns[j] for j in keep], rows)
+    rows = [row._replace(paper=tuple(row.paper[j] for j in keep if row.paper)) for row in table.rows]
+    return table._replace(columns=[table.columns[j] for j in keep], rows=rows)
 
 
 def print_table(name, args):
@@ -700,11 +823,13 @@ def print_table(name, args):
                         "say which one with --dataset")
     begin = time.time()
     cells, problems = fill(table, args)
+    if args.rank > 0:
+        return table, cells
     print(format_table(table, cells, args))
-    students = {id(record): record["seconds"] for cell in cells.values() for record in cell.values()
-                if record["role"] == "student"}.values()  # two metrics of one run are one student
+    seconds = {id(record): record["seconds"] for cell in cells.values() for record in cell.values()
+               if record["role"] == "student"}.values()  # two metrics of one run are one student
     print(f"\n{time.time() - begin:.0f} s on {args.device}, torch {torch.__version__}; "
-          f"{len(students)} students took {sum(students):.0f} s, whenever trained")
+          f"{len(seconds)} students took {sum(seconds):.0f} s, whenever trained")
     if not any(cells.values()):
         raise UserError("; ".join(problems))
     print("\n".join(problems), file=sys.stderr, end="\n" if problems else "")
@@ -722,51 +847,75 @@ def pyplot():
 
 
 def draw_figure(name, args):
-    """Figures 6 and 7: the grid on the screen and as csv, and as png if matplotlib is installed."""
-    (title, columns, rows), cells = print_table(name, args)
+    """Figures 6, 7 and labels, as a table, as csv, and as png if matplotlib is installed: the
+    scores, and beside them the paired differences to a common reference with their band."""
+    table, cells = print_table(name, args)
+    if args.rank > 0:
+        return
+    title, columns, rows, reference = table
     synthetic = is_synthetic(cells)
-    grid = [[summary(list(metric_of(cells[i, j], column).values())) for j, column in enumerate(columns)]
-            for i, _ in enumerate(rows)]
     source = Path(args.root).stem if args.dataset == "features" else args.dataset
-    path = args.out / "-".join([f"figure{name}", *filter(None, [source]), *["synthetic"] * synthetic])
+    parts = [f"figure{name}", *filter(None, [source]), *["synthetic"] * synthetic]
+    path = args.out / "-".join(parts)
+
+    points = {}  # mean, sd, runs, difference to the reference, its low and high end
+    for (i, j), cell in cells.items():
+        same = (i, j) == reference(i, j)
+        pair = (metric_of(cells[key], columns[j]) for key in ((i, j), reference(i, j)))
+        gap = (0.0,) * 3 if same else interval(*pair) or (math.nan,) * 3
+        points[i, j] = *summary(cell, columns[j]), len(cell), *gap
     with data.replacing(path.with_suffix(".csv")) as part, open(part, "w", newline="") as file:
         write = csv.writer(file).writerow
-        heads = [head for column in columns for head in (column.heading, "sd", "runs")]
-        write(["SYNTHETIC" * synthetic, *heads])
-        for row, found in zip(rows, grid, strict=True):
-            write([row.label, *(value for triple in found for value in triple)])
+        write(["row", "column", "mean", "sd", "runs", "difference", "low", "high", "data"])
+        for (i, j), values in points.items():
+            write([rows[i].label, columns[j].heading, *values, "SYNTHETIC" * synthetic])
     print(path.with_suffix(".csv"))
     if (plot := pyplot()) is None:
         return
+
     units = ["accuracy (%)" if column.metric == "accuracy" else "CCC" for column in columns]
     panels = list(dict.fromkeys(units))  # valence and arousal share one
-    figure, axes = plot.subplots(1, len(panels), squeeze=False, figsize=(5 * len(panels), 4),
-                                 layout="constrained")
-    for column, unit, series in zip(columns, units, zip(*grid, strict=True), strict=True):
-        axis = axes[0, panels.index(unit)]
-        mean, spread, _ = zip(*series, strict=True)
-        ticks = [row.label.split()[-1] for row in rows]
-        axis.errorbar(ticks, mean, spread, marker="o", label=column.heading)
+    figure, axes = plot.subplots(len(panels), 2, squeeze=False, layout="constrained",
+                                 figsize=(10, 4 * len(panels)))
+    x = [row.label.split()[-1] for row in rows]
+    for j, (column, unit) in enumerate(zip(columns, units, strict=True)):
+        raw, paired = axes[panels.index(unit)]
+        series = [points[i, j] for i, _ in enumerate(rows)]
+        mean, sd, _, difference, low, high = zip(*series, strict=True)
+        raw.errorbar(x, mean, sd, marker="o", capsize=3, label=column.heading)
+        raw.set_ylabel(f"{unit}, mean ± sd")
+        paired.plot(x, difference, marker="o", label=column.heading)
+        paired.fill_between(x, low, high, alpha=0.15)
+        i, k = reference(0, j)
+        compared = columns[k].series if i == 0 else rows[i].label
+        paired.set_ylabel(f"difference to {compared}, 95 % band")
+    for axis in axes.flat:
         axis.set_xlabel(rows[0].label.rpartition(" ")[0])
-        axis.set_ylabel(unit)
-        axis.legend()
+        axis.legend(fontsize="small")
+    save_picture(figure, path.with_suffix(".png"), title, synthetic)
+
+
+def save_picture(figure, path, title, synthetic):
     figure.suptitle("SYNTHETIC DATA - " * synthetic + title)
-    with data.replacing(path.with_suffix(".png")) as part:
-        figure.savefig(part, format="png")
-    print(path.with_suffix(".png"))
+    with data.replacing(path) as part:
+        figure.savefig(part, format="png", dpi=90)
+    print(path)
 
 
 def figure_5(args):
     """Similarity matrices (Eq. 4) of the teacher, and of the student before, halfway through and
-    after training, over up to 128 training samples sorted by class."""
+    after training, over up to 128 training samples, sorted by class or by valence."""
     dataset = args.dataset or "biovid_b"
-    args.fold = args.fold or ["1"]
-    path, teacher = ensure_teachers(dataset, "va" if dataset == "affwild2" else None, args)[0]
+    classes = "va" if dataset == "affwild2" else None
+    path, teacher = ensure_teachers(dataset, classes, with_flags(args, {"fold": args.fold[:1]}))[0]
+    args = with_flags(args, {"lambda": vars(args)["lambda"][0]})
     settings, features = teacher["settings"], open_run(path, teacher)
     epochs = identity(args, teacher)["epochs"]
-    train = fold_windows(features, settings["fold"], dense=True).train
+
+    train = train_teacher.fold_of(features, settings, dense=True).train
+    train = train.take(train.labelled)
     train = train.take(torch.linspace(0, len(train.index) - 1, min(len(train.index), 128)).long())
-    rank = train.label if settings["task"] == "classification" else train.label[..., 0].nanmean(1)
+    rank = train.label if train.label.ndim == 1 else train.label[..., 0].nanmean(1)
     train = train.take(rank.argsort(stable=True))
     z_t = teacher_answers(teacher, features, train.index, args.device).z
     S = {"teacher": cosine_similarity_matrix(z_t).cpu()}
@@ -779,28 +928,24 @@ def figure_5(args):
     for name, matrix in S.items():
         print(f"{name}: mean similarity {matrix.mean():.3f}, "
               f"mean |S - S_teacher| {(matrix - S['teacher']).abs().mean():.3f}")
-    synthetic = settings["synthetic"]
-    out = args.out / f"figure5-{dataset}{'-synthetic' * synthetic}.npz"
-    with data.replacing(out) as part, open(part, "wb") as file:
-        np.savez(file, **{name: matrix.numpy() for name, matrix in S.items()})
+    out = args.out / f"figure5-{dataset}{'-synthetic' * settings['synthetic']}.npz"
+    data.save_features(out, {name: matrix.numpy() for name, matrix in S.items()})
     print(out)
     if (plot := pyplot()) is None:
         return
+
     figure, axes = plot.subplots(1, len(S), figsize=(3.2 * len(S), 3.6), layout="constrained")
     for axis, (name, matrix) in zip(axes, S.items(), strict=True):
         image = axis.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r")
-        axis.set_title(name)
-        axis.set_xlabel("training sample")
-        if settings["task"] == "classification":  # a line between classes
-            for edge in train.label.sort().values.diff().nonzero()[:, 0].tolist():
-                axis.axvline(edge + 0.5, color="black", lw=0.8)
-                axis.axhline(edge + 0.5, color="black", lw=0.8)
-    axes[0].set_ylabel("sorted by class" if settings["task"] == "classification" else "sorted by valence")
+        axis.set(title=name, xlabel="training sample")
+        edges = train.label.sort().values.diff().nonzero() if train.label.ndim == 1 else []
+        for edge in edges:  # between two classes
+            axis.axvline(edge.item() + 0.5, color="black", lw=0.8)
+            axis.axhline(edge.item() + 0.5, color="black", lw=0.8)
+    axes[0].set_ylabel("sorted by class" if train.label.ndim == 1 else "sorted by valence")
     figure.colorbar(image, ax=axes, label="cosine similarity (Eq. 4)", shrink=0.8)
-    figure.suptitle("SYNTHETIC DATA - " * synthetic + f"similarity matrices, {dataset} fold {settings['fold']}")
-    with data.replacing(out.with_suffix(".png")) as part:
-        figure.savefig(part, format="png", dpi=110)
-    print(out.with_suffix(".png"))
+    title = f"Figure 5: similarity matrices, {dataset} fold {settings['fold']}"
+    save_picture(figure, out.with_suffix(".png"), title, settings["synthetic"])
 
 
 def parse(argv=None):
@@ -811,7 +956,8 @@ def parse(argv=None):
         help="the teacher's siblings of these folds; of a table, its folds (default all)")
     add("--method", choices=METHODS, default="pkdot", help="default pkdot")
     at_least = train_teacher.at_least
-    add("--lambda", type=at_least(0, float), default=0.4, help="weight of W in Eq. 9; default 0.4")
+    add("--lambda", type=at_least(0, float), nargs="+", default=[0.4],
+        help="weight of W in Eq. 9; default 0.4; a table chooses among several on validation")
     add("--k", type=at_least(1), default=30, help="anchors; default 30")
     add("--epsilon", type=at_least(1e-6, float), default=0.1, help="Eq. 5, in units of the cost "
         "1/2 |x - y|^2; default 0.1 (the release's blur 0.1 is 0.01)")
@@ -823,6 +969,8 @@ def parse(argv=None):
     add("--lr", type=at_least(0, float), default=1e-4, help="default 1e-4")
     add("--epochs", type=at_least(1), help="default 20 (the release's); 50 on a stand-in")
     add("--finetune", action="store_true", help="train the visual backbone too, from video")
+    add("--chunk", type=at_least(1), metavar="C",
+        help="--finetune: clips that pass the backbone at a time; less memory, the same gradient")
     add("--select", choices=("val", "test", "last"), default="val", help="what chooses the epoch: "
         "held-out training subjects (default), the test fold (the release), or nothing")
     train_teacher.add_common_flags(parser)
@@ -836,7 +984,9 @@ def parse(argv=None):
     job.add_argument("--figure", choices=("5", *FIGURES), help="the paper's figure, likewise")
     add("--student", type=Path, metavar="STUDENT.pt", help="for --predict")
     add("--dataset", choices=data.DATASETS, help="the newest teacher's; of a table its columns")
-    add("--seeds", type=at_least(1), default=1, help="tables and figures: students a fold; default 1")
+    add("--seeds", type=at_least(1), default=1, help="tables and figures: students a fold")
+    add("--labelled", type=at_least(1), metavar="N", help="tables and figures: of the teachers")
+    add("--folds", choices=("subjects", "clips"), help="tables and figures: of the teachers")
     add("--fresh", action="store_true", help="tables and figures: train the students again")
     parser.set_defaults(transport=True, hallucinate="tnet")  # --table choices changes them
     return parser.parse_args(argv)
@@ -844,33 +994,59 @@ def parse(argv=None):
 
 def main():
     args = parse()
-    args.device = train_teacher.choose_device(args.device, args.amp)
+    train_teacher.join_ranks(args)
     if args.k > args.batch_size:
-        raise UserError(f"--k {args.k}: the similarity matrix has only --batch-size {args.batch_size} "
-                        "rows; lower --k or raise --batch-size")
+        raise UserError(f"--k {args.k}: the similarity matrix has only --batch-size "
+                        f"{args.batch_size} rows; lower --k or raise --batch-size")
     if args.evaluate:
-        return evaluate(args.evaluate, args)
-    if args.predict:
+        evaluate(args.evaluate, args)
+    elif args.predict:
         if not args.student:
             raise UserError("--predict needs --student STUDENT.pt")
-        return predict(args.predict, args.student, args)
-    if args.table or args.figure:
-        if args.method != "pkdot" or args.teacher:
-            raise UserError("--table and --figure choose methods and teachers: "
-                            "leave --method and --teacher out")
-        if args.dataset == "features" and not args.root:
-            raise UserError("--dataset features needs --root FILE.npz")
-        if args.figure == "5":
-            return figure_5(args)
-        return draw_figure(args.figure, args) if args.figure else print_table(args.table, args)
+        predict(args.predict, args.student, args)
+    elif args.table or args.figure:
+        tabulate(args)
+    else:
+        distil_folds(args)
+    train_teacher.leave_ranks(args)
 
-    for path in siblings(args.teacher or newest_teacher(args), args.fold):
+
+def tabulate(args):
+    if args.method != "pkdot" or args.teacher:
+        raise UserError("--table and --figure choose methods and teachers: "
+                        "leave --method and --teacher out")
+    if args.dataset == "features" and not args.root:
+        raise UserError("--dataset features needs --root FILE.npz")
+    args.folds = args.folds or "subjects"
+    if args.figure == "5":
+        args.fold = args.fold or ["1"]  # it shows one teacher
+        return figure_5(args)
+    args.fold = args.fold or ["all"]
+    if args.figure:
+        draw_figure(args.figure, args)
+    else:
+        print_table(args.table, args)
+
+
+def distil_folds(args):
+    """The students that a command without --table asks for; of several folds each rank has some."""
+    if args.labelled or args.folds:
+        raise UserError("--labelled and --folds are a teacher's: give them to train_teacher.py, "
+                        "and the student follows its teacher")
+    if len(vars(args)["lambda"]) > 1:
+        raise UserError("several values of --lambda are for --table and --figure; give one")
+    vars(args)["lambda"], = vars(args)["lambda"]
+    paths = siblings(args.teacher or newest_teacher(args), args.fold)
+    together = len(paths) == 1 and args.finetune
+    args = train_teacher.one_voice(args) if together else args
+    for path in paths if together else train_teacher.dealt(paths, args):
         teacher = load(path, "teacher")
         settings, found = teacher["settings"], teacher["scores"]
-        train_teacher.start_log(path.parent, settings)
+        if args.rank == 0 or not together:
+            train_teacher.start_log(path.parent, settings)
         print(f"{path}, test: visual only {show(found['visual'])}, "
               f"teacher {show(found['multimodal'])}")
-        record = distil(path, args)
+        record = distil(path, args if together else train_teacher.alone(args))
         print(f"{train_teacher.heading(settings)}, n = {record['n_test']}: "
               f"visual only (lower bound) {show(found['visual'])} | "
               f"student, {args.method} {show(record)} | "

@@ -18,10 +18,12 @@ import json
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
@@ -34,6 +36,7 @@ from data import DATASETS, Parser, Samples, UserError, fold_windows
 from pkdot import scores, task_loss
 
 SAVE_EVERY = 30  # seconds between two files to resume from: an epoch on features is shorter
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
 def at_least(least, kind=int):
@@ -76,6 +79,90 @@ def choose_device(name, amp=False):
     return device
 
 
+def join_ranks(args):
+    """Sets args.rank, args.world and the device; under torchrun, the ranks meet here."""
+    args.rank, args.world = RANK, WORLD
+    args.device = choose_device(args.device, args.amp)
+    if args.world == 1:
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError("RANK is set but MASTER_ADDR is not: start the command with "
+                        "torchrun --standalone --nproc_per_node=N")
+    if args.device.type == "cuda":
+        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if args.device.index >= torch.cuda.device_count():
+            raise UserError(f"{args.device} is not there: start one process a GPU, "
+                            f"--nproc_per_node={torch.cuda.device_count()}")
+        torch.cuda.set_device(args.device)
+    backend = "nccl" if args.device.type == "cuda" else "gloo"
+    # some ranks wait for others to train whole folds
+    dist.init_process_group(backend, timeout=timedelta(days=7))
+
+
+def wait_for_all(args):
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def leave_ranks(args):
+    """Without the barrier, a gloo process that leaves early may abort the others."""
+    wait_for_all(args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def alone(args):
+    """The flags of a rank that trains by itself, as if there were no other."""
+    return argparse.Namespace(**{**vars(args), "rank": 0, "world": 1})
+
+
+def one_voice(args):
+    """The flags of ranks that train together: the first one speaks for all."""
+    if args.rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return args
+
+
+def share(batch, args):
+    """This rank's part of a batch of numbers, as long as every other rank's: the last ranks repeat
+    the batch's first."""
+    size = -(-len(batch) // args.world)
+    return batch[torch.arange(args.rank * size, (args.rank + 1) * size) % len(batch)]
+
+
+def gather(x, count, args):
+    """The batch's `count` rows, with gradient, from all ranks' shares of it. A loss is of the whole
+    batch: CCC, PKDOT and RKD couple its samples, and a mean of the ranks' losses is another one."""
+    return x if args.world == 1 else _Gather.apply(x)[:count]
+
+
+class _Gather(torch.autograd.Function):
+    """Every rank computes the same loss of the same rows; the sum of their gradients is divided by
+    the number of ranks in DistributedDataParallel."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def spread(model, args):
+    """The model over all ranks. Its batch norm sees the whole batch on CUDA alone: on a CPU torch
+    has no such layer, and each rank's statistics are of its own share."""
+    if args.world == 1:
+        return model
+    if args.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.parallel.DistributedDataParallel(model)
+
+
 def seed_all(*numbers):
     """Seed torch from a run's seed, its stage and the epoch (from 1: numpy takes a last 0 for
     none), so that a resumed run draws what an uninterrupted one draws."""
@@ -102,9 +189,11 @@ def read_checkpoint(path):
 def load(path, kind):
     """A checkpoint that `save` wrote; UserError unless it is a `kind` ("teacher", ...)."""
     state = read_checkpoint(path)
-    if not isinstance(state, dict) or state.get("kind") != kind or "settings" not in state:
+    if not isinstance(state, dict) or state.get("kind") != kind:
         raise UserError(f"{path}: not a {kind} checkpoint of these scripts; "
                         "give another file or train it again")
+    if not isinstance(state.get("settings"), dict) or SETTINGS - state["settings"].keys():
+        raise UserError(f"{path}: written by another version of these scripts; train it again")
     return state
 
 
@@ -147,9 +236,23 @@ def bar(batches, text):
 
 
 @torch.inference_mode()
-def answers(forward, batches):
-    """forward(batch) over all batches, concatenated on the CPU: one copy, no step waits for it."""
-    return torch.cat([forward(batch).float() for batch in batches]).cpu()
+def answers(forward, batches, args):
+    """forward(batch) over all batches, concatenated on the CPU: one copy, no step waits for it.
+
+    Under torchrun this rank has every world-th batch (`dealt`): all are those of a single process,
+    and each counts once.
+    """
+    outputs = [forward(batch).float() for batch in batches]
+    if args.world > 1:
+        parts = [None] * args.world
+        dist.all_gather_object(parts, [output.cpu() for output in outputs])
+        outputs = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+    return torch.cat(outputs).cpu()
+
+
+def dealt(jobs, args):
+    """This rank's share of jobs that need no communication."""
+    return jobs[args.rank::args.world]
 
 
 def score(source, windows, output):
@@ -191,27 +294,27 @@ def snapshot(module):
     return {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
 
 
-def step_means(terms, names, epoch, advice, keep_best):
-    """Mean of each loss term over an epoch's steps; terms is a list of tensors (len(names),).
-
-    The host waits for the device here, once an epoch. UserError if a step's loss was not finite.
-    """
+def step_means(terms, names, epoch):
+    """Mean of each loss term over an epoch's steps, and what is wrong with them: None, or the first
+    step that was not finite. terms: a list of tensors (len(names),). The host waits for the device
+    here, once an epoch."""
     terms = torch.stack(terms).cpu()  # (steps, names)
     bad = (~terms.isfinite()).any(1).nonzero()
-    if len(bad):
-        step = int(bad[0])
-        diverged(epoch, step, names, terms[step].tolist(), advice, keep_best)
-    return terms.mean(0).tolist()
+    if len(bad) == 0:
+        return terms.mean(0).tolist(), None
+    step = int(bad[0])
+    found = zip(names, terms[step].tolist(), strict=True)
+    found = ", ".join(f"{name} {value:.4g}" for name, value in found)
+    return None, f"epoch {epoch + 1}, step {step + 1}: the loss is not finite, {found}"
 
 
-def diverged(epoch, step, names, values, advice, keep_best):
-    """Stop, naming both terms; keep_best() saves the best epoch so far, if there is one, and
-    returns the file's path."""
-    path = keep_best()
-    found = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values, strict=True))
-    kept = f"; the best epoch before it is kept in {path}" if path else ""
-    raise UserError(f"epoch {epoch + 1}, step {step + 1}: the loss is not finite, {found}; "
-                    f"{advice}{kept}")
+def diverged(fault, advice, path, state):
+    """Stop a run whose loss is not finite; its best epoch so far, if there is one, stays usable."""
+    path = path.with_suffix(".diverged.pt")
+    if state:
+        save(path, state)
+    kept = f"; the best epoch before it is kept in {path}" if state else ""
+    raise UserError(f"{fault}; {advice}{kept}")
 
 
 def keep_progress(path, settings, epoch, model, optimizer, best):
@@ -250,7 +353,8 @@ DEFAULTS = {  # Table I and section IV-B; the batch size is the backbones'
         fusion="concat", visual_backbone="mlp", length=None, batch_size=64, fusion_lr=1e-4)}
 COMMON = dict(  # the numbers of epochs are not in the paper
     classes=2, image_size=112, lr=1e-3, backbone_epochs=30, fusion_epochs=50, fusion_batch_size=64,
-    seed=0, amp=False, weights=None)
+    seed=0, amp=False, weights=None, folds="subjects", labelled=None, face_start=None)
+SETTINGS = {*COMMON, "dataset", "root", "fold", "task", "outputs", "length", "data"} - {"classes"}
 STAND_IN = {  # few samples and a CPU: smaller images, smaller batches, more passes over less
     "biovid": dict(image_size=32, batch_size=16, backbone_epochs=4, fusion_epochs=200),
     "affwild2": dict(image_size=48, batch_size=4, lr=1e-4, backbone_epochs=10, fusion_epochs=20)}
@@ -289,6 +393,8 @@ def variant(settings):
     names += [settings[k] for k in ("visual_backbone", "fusion") if settings[k] != default[k]]
     if settings["length"] != (default["length"] or settings["length"]):
         names.append(f"length{settings['length']}")
+    names += [f"{settings['labelled']}labels"] * (settings["labelled"] is not None)
+    names += [settings["folds"]] * (settings["folds"] != "subjects")
     return "-".join(names + [f"seed{settings['seed']}"] * (settings["seed"] > 0))
 
 
@@ -306,6 +412,11 @@ def stage_1(settings):
 def stage_1_folder(run, settings):
     """Where the backbones and features of a teacher's run folder lie."""
     return run.parent.parent / variant(stage_1(settings)) / run.name
+
+
+def fold_of(source, settings, dense=False):
+    """The training, validation and test samples of a teacher, and of all of its students."""
+    return fold_windows(source, settings["fold"], dense, settings["folds"], settings["labelled"])
 
 
 def per_clip(settings):
@@ -351,57 +462,65 @@ def train_backbone(modality, source, fold, settings, args, folder):
         backbone.standardise(*statistics(every))
     model.to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings["lr"], fused=True)
-    first, best = 0, None
+    first, best, fault = 0, None, None
     if args.resume and progress.exists():
         first, best = restore_progress(progress, settings, model, optimizer)
+    ranks = spread(model, args)
 
     def forward(clips):
+        network = ranks if model.training else model
         with torch.autocast(args.device.type, torch.bfloat16, enabled=settings["amp"]):
-            output = model(clips.to(args.device, non_blocking=True))
+            output = network(clips.to(args.device, non_blocking=True))
         return output.float()
 
-    def keep_best():
-        if best:
-            save(path.with_suffix(".diverged.pt"), dict(kind=modality, settings=settings, **best))
-            return path.with_suffix(".diverged.pt")
-
     label, size = train.label.to(args.device), settings["batch_size"]
-    validation = torch.arange(len(val.index)).split(size)
+    validation = dealt(torch.arange(len(val.index)).split(size), args)
     saved = time.time()
     for epoch in range(first, settings["backbone_epochs"]):
         start = time.time()
         seed_all(settings["seed"], stage, epoch + 1)
         batches = torch.randperm(len(train.index)).split(size)
-        clips = clip_loader(source, modality, train.index, batches, args)
+        shares = [share(batch, args) for batch in batches]
+        clips = clip_loader(source, modality, train.index, shares, args)
 
         # one pass over the training samples that have a label
         model.train()
         losses = []
         for batch, x in zip(batches, bar(clips, f"{modality} {epoch + 1}"), strict=True):
-            loss = task_loss(forward(x), label[batch.to(args.device)])  # Eq. 7 or 8
+            output = gather(forward(x), len(batch), args)
+            loss = task_loss(output, label[batch.to(args.device)])  # Eq. 7 or 8
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach()[None])
-        loss, = step_means(losses, ["L_gt"], epoch, "lower --lr", keep_best)
+        means, fault = step_means(losses, ["L_gt"], epoch)
+        if fault:
+            break
 
         # the epoch is chosen on held-out training groups
         model.eval()
-        output = answers(forward, clip_loader(source, modality, val.index, validation, args))
-        found = score(source, val, output)
+        loader = clip_loader(source, modality, val.index, validation, args)
+        found = score(source, val, answers(forward, loader, args))
         if best is None or criterion(found) > best["score"]:
             best = dict(score=criterion(found), epoch=epoch, model=snapshot(model))
 
+        if args.rank > 0:
+            continue  # the first rank writes for all
         if time.time() - saved > SAVE_EVERY:
             keep_progress(progress, settings, epoch, model, optimizer, best)
             saved = time.time()
         seconds = time.time() - start
-        append_line(folder / "log.jsonl",
-                    dict(stage=modality, epoch=epoch + 1, loss=loss, **found, seconds=seconds))
-        print(f"{modality} epoch {epoch + 1:3d}  loss {loss:.4f}  val {show(found)}  "
+        line = dict(stage=modality, epoch=epoch + 1, loss=means[0], **found, seconds=seconds)
+        append_line(folder / "log.jsonl", line)
+        print(f"{modality} epoch {epoch + 1:3d}  loss {means[0]:.4f}  val {show(found)}  "
               f"{seconds:.1f} s")
-    save(path, dict(kind=modality, settings=settings, **best))
-    progress.unlink(missing_ok=True)
+
+    state = best and dict(kind=modality, settings=settings, **best)
+    if fault:
+        diverged(fault, "lower --lr", path, state)
+    if args.rank == 0:
+        save(path, state)
+        progress.unlink(missing_ok=True)
     model.load_state_dict(best["model"])
     return model
 
@@ -443,22 +562,22 @@ def statistics(batches):
     return mean, variance.where(variance > 1e-12 * square, 0).sqrt()
 
 
-def extract_features(backbones, source, settings, args, path):
+def extract_features(backbones, identity, source, settings, args, path):
     """Stage 2, first half: both frozen backbones over every clip once -> the features file."""
     every = torch.arange(len(source.label))
-    batches = every.split(settings["batch_size"])
+    batches = dealt(every.split(settings["batch_size"]), args)
     arrays = {}
     for modality, backbone in backbones.items():
         backbone.eval()
-        rows, done = torch.empty(len(every), models.D, device=args.device), 0  # (R, 512)
-        loader = clip_loader(source, modality, every[:, None], batches, args)
-        with (torch.inference_mode(),
-              torch.autocast(args.device.type, torch.bfloat16, enabled=settings["amp"])):
-            for clips in bar(loader, f"features {modality}"):
-                features = backbone(clips.to(args.device, non_blocking=True))[:, 0]
-                rows[done:done + len(clips)] = features
-                done += len(clips)
-        arrays[modality] = rows.cpu().numpy()
+
+        def forward(clips, backbone=backbone):
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=settings["amp"]):
+                return backbone(clips.to(args.device, non_blocking=True))[:, 0]
+
+        loader = bar(clip_loader(source, modality, every[:, None], batches, args), modality)
+        arrays[modality] = answers(forward, loader, args).numpy()  # (R, 512)
+    if args.rank > 0:
+        return
 
     # a sample of BioVid is a row of the file; Affwild2's windows overlap, and are cut by index
     length = 1 if settings["dataset"] == "affwild2" else source.length
@@ -471,12 +590,8 @@ def extract_features(backbones, source, settings, args, path):
         arrays["split"] = source.split[first]
     if source.task == "regression":
         arrays.update(frame_label=source.frame_label.numpy(), frame_row=source.frame_row.numpy())
-    arrays["backbones"] = np.array(backbones_id(backbones))
+    arrays["backbones"] = np.array(identity)
     data.save_features(path, arrays)
-
-
-def backbones_id(backbones):
-    return "-".join(fingerprint(backbone.state_dict()) for backbone in backbones.values())
 
 
 def train_fusion(features, fold, settings, args, run):
@@ -502,11 +617,6 @@ def train_fusion(features, fold, settings, args, run):
     def squared_error(rows):
         return (model["tnet"](visual[rows]) - privileged[rows]).square().mean((1, 2))
 
-    def keep_best():
-        if best["head"]:
-            save(run / "fusion.diverged.pt", dict(kind="fusion", settings=settings, **best))
-            return run / "fusion.diverged.pt"
-
     start = saved = time.time()
     for epoch in bar(range(first, settings["fusion_epochs"]), "fusion"):
         seed_all(settings["seed"], 2, epoch + 1)
@@ -524,14 +634,15 @@ def train_fusion(features, fold, settings, args, run):
             loss.backward()
             optimizer.step()
             terms.append(torch.stack([loss_gt, loss_tnet]).detach())
-        loss_gt, loss_tnet = step_means(terms, ["L_gt", "T-Net's MSE"], epoch, "lower --fusion-lr",
-                                        keep_best)
+        means, fault = step_means(terms, ["L_gt", "T-Net's MSE"], epoch)
+        if fault:
+            diverged(fault, "lower --fusion-lr", run / "fusion.pt", best["head"] and best)
 
         # each keeps its own best epoch, chosen on held-out training groups
         model.eval()
         batches = fold.val.index.to(args.device).split(256)
-        found = score(features, fold.val, answers(fused, batches))
-        mse = answers(squared_error, batches).mean().item()
+        found = score(features, fold.val, answers(fused, batches, args))
+        mse = answers(squared_error, batches, args).mean().item()
         for name, value in (("head", criterion(found)), ("tnet", -mse)):
             if best[name] is None or value > best[name]["score"]:
                 best[name] = dict(score=value, epoch=epoch, model=snapshot(model[name]))
@@ -539,14 +650,14 @@ def train_fusion(features, fold, settings, args, run):
         if time.time() - saved > SAVE_EVERY:
             keep_progress(progress, progress_of, epoch, model, optimizer, best)
             saved = time.time()
-        append_line(run / "log.jsonl", dict(stage="fusion", epoch=epoch + 1, loss=loss_gt,
-                                            tnet_loss=loss_tnet, tnet_val_mse=mse, **found))
+        append_line(run / "log.jsonl", dict(stage="fusion", epoch=epoch + 1, loss=means[0],
+                                            tnet_loss=means[1], tnet_val_mse=mse, **found))
 
     pairs = privileged[fold.val.index.to(args.device)]
     variance = pairs.var(dim=(0, 1), correction=0).mean().item()
     head, tnet = best["head"], best["tnet"]
-    print(f"fusion {settings['fusion_epochs']} epochs in {time.time() - start:.1f} s; best of epoch "
-          f"{head['epoch'] + 1}; T-Net's of epoch {tnet['epoch'] + 1}, which leaves "
+    print(f"fusion {settings['fusion_epochs']} epochs in {time.time() - start:.1f} s; "
+          f"best of epoch {head['epoch'] + 1}; T-Net's of epoch {tnet['epoch'] + 1}, which leaves "
           f"{-tnet['score'] / max(variance, 1e-12):.2f} of the privileged features' variance "
           "unexplained")
     for name in ("head", "tnet"):
@@ -554,20 +665,10 @@ def train_fusion(features, fold, settings, args, run):
     return model.eval()
 
 
-def finished_teacher(run, settings):
-    """The run's teacher, if there is one of these settings and of the backbones that are there."""
-    if not (run / "teacher.pt").exists():
-        return None
-    state, found = load(run / "teacher.pt", "teacher"), {}
-    for modality in ("visual", "privileged"):
-        path = stage_1_folder(run, settings) / f"{modality}.pt"
-        if path.exists():
-            found[modality] = make_backbone(modality, settings)
-            weights = load(path, modality)["model"].items()
-            found[modality].load_state_dict({k.removeprefix("backbone."): v for k, v in weights
-                                             if k.startswith("backbone.")})
-    matches = state["settings"] == settings and state["backbones"] == backbones_id(found)
-    return state if matches else None
+def backbone_weights(state):
+    """The backbone's part of a stage 1 checkpoint."""
+    return {key.removeprefix("backbone."): value for key, value in state["model"].items()
+            if key.startswith("backbone.")}
 
 
 def open_features(folder, settings):
@@ -577,37 +678,50 @@ def open_features(folder, settings):
 
 def train_teacher(settings, source, args):
     """Stages 1 and 2 of one fold; writes the run folder and three result lines, returns the scores
-    by role."""
+    by role, or None in the ranks that only helped with stage 1."""
     start = time.time()
     run = run_folder(settings, args.out)
     folder, path = stage_1_folder(run, settings), run / "teacher.pt"
-    if args.resume and (state := finished_teacher(run, settings)):
-        print(f"{path} is finished")
-        return state["scores"]
-    if path.exists() and (old := load(path, "teacher")["settings"]["root"]) != settings["root"]:
-        raise UserError(f"{path}: is a teacher of {old}, not of {settings['root']}; "
-                        "give another --out")
-    fold = fold_windows(source, settings["fold"])
+    old = load(path, "teacher") if path.exists() else None
+    if old and old["settings"]["root"] != settings["root"]:
+        raise UserError(f"{path}: is a teacher of {old['settings']['root']}, not of "
+                        f"{settings['root']}; give another --out")
+    fold = fold_of(source, settings)
     run.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    start_log(run, settings)
+    if args.rank == 0:
+        start_log(run, settings)
     print(f"{run}: {source.describe()}; samples "
-          + ", ".join(f"{name} {len(part.index)}" for name, part in fold._asdict().items()))
+          + ", ".join(f"{name} {len(part.index)}" for name, part in fold._asdict().items())
+          + f"; {int(fold.train.labelled.sum())} training samples have a label")
 
+    # stage 1, or what is there of it
     single = {modality: train_backbone(modality, source, fold, settings, args, folder).eval()
               for modality in ("visual", "privileged")}
-    extract_features({m: model.backbone for m, model in single.items()}, source, settings, args,
-                     folder / "features.npz")
+    backbones = {modality: model.backbone for modality, model in single.items()}
+    identity = "-".join(fingerprint(backbone.state_dict()) for backbone in backbones.values())
+    if args.resume and old and (old["settings"], old["backbones"]) == (settings, identity):
+        print(f"{path} is finished")
+        return old["scores"]
+
+    # stage 2; on features a single process is fast enough
+    features = folder / "features.npz"
+    if not features.exists() or open_features(folder, settings).backbones != identity:
+        extract_features(backbones, identity, source, settings, args, features)
+    if args.rank > 0:
+        return None
+    args = alone(args)
     features = open_features(folder, settings)
-    fold = fold_windows(features, settings["fold"], dense=True)
+    fold = fold_of(features, settings, dense=True)
     model = train_fusion(features, fold, settings, args, run)
 
     # the test fold, once
     rows = {m: features.rows[m].to(args.device) for m in single}
     batches = fold.test.index.to(args.device).split(256)
-    outputs = {m: answers(lambda i, m=m: single[m].classify(rows[m][i]), batches) for m in single}
+    outputs = {m: answers(lambda i, m=m: single[m].classify(rows[m][i]), batches, args)
+               for m in single}
     outputs["multimodal"] = answers(
-        lambda i: model["head"](rows["visual"][i], rows["privileged"][i]).output, batches)
+        lambda i: model["head"](rows["visual"][i], rows["privileged"][i]).output, batches, args)
     found = {role: score(features, fold.test, output) for role, output in outputs.items()}
     for role, output in outputs.items():
         log_videos(run, role, features, fold.test, output)
@@ -638,6 +752,12 @@ def parse(argv=None):
     add_common_flags(parser)
     add("--classes", type=int, choices=(2, 5), help="BioVid: BL1 and PA4, or all five; default 2")
     add("--fold", default="1", choices=["1", "2", "3", "4", "5", "all"], help="default 1")
+    add("--folds", choices=("subjects", "clips"), help="what folds divide; clips, as the authors' "
+        "code does, puts a person into training and test; default subjects")
+    add("--labelled", type=at_least(1), metavar="N", help="keep the labels of N training samples; "
+        "the others are pairs of modalities without a label; default: all labels")
+    add("--face-start", type=at_least(0, float), metavar="SECONDS",
+        help="where in BioVid's videos image 1 lies; default 0")
     add("--clips", dest="length", type=at_least(1),
         help="clips per sample; default: BioVid 1, Affwild2 8")
     add("--fusion", choices=("concat", "jca", "mmt"), help="Fig. 4; default: Table I's")
@@ -664,19 +784,25 @@ def folds_of(source):
 
 def main():
     args = parse()
-    args.device = choose_device(args.device, args.amp)
+    join_ranks(args)
     settings, source = make_settings(**vars(args))
     folds = folds_of(source)
     if args.fold != "all" and int(args.fold) not in folds:
         raise UserError(f"--fold {args.fold}: {settings['root']} has its own split into training "
                         "and test; there is only fold 1")
-    for fold in folds if args.fold == "all" else [int(args.fold)]:
+
+    # several folds are dealt out to the ranks, one is trained by all of them together
+    folds = folds if args.fold == "all" else [int(args.fold)]
+    each = alone(args) if len(folds) > 1 else one_voice(args)
+    for fold in dealt(folds, args) if len(folds) > 1 else folds:
         settings["fold"] = fold
-        found = train_teacher(settings, source, args)
-        print(f"{heading(settings)}, n = {found['multimodal']['n']}: "
-              f"visual only (lower bound) {show(found['visual'])} | "
-              f"privileged only {show(found['privileged'])} | "
-              f"multimodal (upper bound) {show(found['multimodal'])}")
+        found = train_teacher(settings, source, each)
+        if found:
+            print(f"{heading(settings)}, n = {found['multimodal']['n']}: "
+                  f"visual only (lower bound) {show(found['visual'])} | "
+                  f"privileged only {show(found['privileged'])} | "
+                  f"multimodal (upper bound) {show(found['multimodal'])}")
+    leave_ranks(args)
 
 
 if __name__ == "__main__":
