@@ -373,7 +373,7 @@ def test_bad_input(call, message):
 def test_benchmark(capsys):
     sinkhorn_module.benchmark([8, 16], 1, "cpu")
     out = capsys.readouterr().out
-    assert out.count("two classes") == 4 and "peak memory like b^" in out
+    assert out.count("two classes") == 4 and "launches syncs" in out
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
