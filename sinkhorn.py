@@ -25,14 +25,13 @@ import warnings
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-BLOCK = 5  # sweeps between two looks at the error: at each look the host waits for the device
+BLOCK = 7  # sweeps between two looks at the error: at each look the host waits for the device
 EASY = 10  # max|C| / epsilon from which epsilon falls: 8 to 20 do as well
 SAFE_DRIFT = 20  # |log u|, |log v| up to which no entry of the plan is lost to underflow
-KINDS = "clustered", "collapsed", "low-rank", "two classes"  # of batches in the benchmark
 
 
 def sweep(cost, f, epsilon, a, b):
-    """One sweep of Sinkhorn's algorithm for Eq. 5-6, in the log domain: f (..., n) -> f, g (..., m).
+    """A sweep of Sinkhorn's algorithm for Eq. 5-6, in the log domain: f -> f (..., n), g (..., m).
 
     The plan that minimises <pi, C> + epsilon KL(pi | a x b) among those with marginals a and b is
         pi_ij = exp((f_i + g_j - C_ij) / epsilon) a_i b_j
@@ -62,9 +61,10 @@ def sinkhorn(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
 
     cost (..., n, m); a (..., n) or (n,) non-negative and of sum 1, uniform if None; b likewise. No
     gradient. Runs until every problem's marginals are within tol of a and b (L1), or warns after
-    max_iter sweeps (rounded up to a block; not before a block at each epsilon on the way down). With
-    r = u max|C| / epsilon, the rounding of the plan's entries (u the dtype's unit), tol is at least
-    3 r; r above 0.1 warns, too. Computes in float64 if cost is, else in float32, autocast or not.
+    max_iter sweeps (rounded up to a block; not before a block at each epsilon on the way down).
+    With r = u max|C| / epsilon, the rounding of the plan's entries (u the dtype's unit), tol is at
+    least 3 r; r above 0.1 warns, too. Computes in float64 if cost is, else in float32, autocast or
+    not.
     ValueError: cost not (..., n, m) or not finite, epsilon <= 0, weights of wrong shape or sum or
     negative.
     """
@@ -157,10 +157,11 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx, grad, *grads_of_gradients):
         if any(g is not None for g in grads_of_gradients):
             raise RuntimeError("entropic OT has a first derivative here, but no second")
-        if grad is None:
-            return None, *(None for _ in ctx.saved_tensors)
-        return None, *(d if d is None else d * grad.reshape(*grad.shape, *[1] * (d.dim() - grad.dim()))
-                       for d in ctx.saved_tensors)
+
+        def scaled(d):  # as many dimensions as the value, and then one or two of its own
+            return d * grad.reshape(grad.shape + (1,) * (d.dim() - grad.dim()))
+
+        return None, *(None if grad is None or d is None else scaled(d) for d in ctx.saved_tensors)
 
 
 def _half_squared_distances(x, y):
@@ -216,7 +217,7 @@ def _solve(cost, epsilon, a, b, tol=1e-5, max_iter=1000):
         sweeps += BLOCK
 
         # u, v left the range of floating-point numbers: the same sweeps, in the log domain.
-        if error == math.inf:
+        if not error < math.inf:
             f = potentials[..., 0, :n]
             for _ in range(BLOCK):
                 f, g = sweep(cost, f, level, a.squeeze(-2), b.squeeze(-2))
@@ -271,9 +272,9 @@ def _over_relaxation(omega, error, previous):
 def _solve_symmetric(x, epsilon, tol=1e-5, max_iter=200):
     """A cloud x (..., n, d) against itself -> W (...), and plan @ x (..., n, d).
 
-    Here f = g: the plan is u_i K_ij u_j with K = exp(-C / epsilon), and u = v for v = 1 / (K u) (all
-    times n). The step from u to v swings around the solution; the mean of log v and log 1 / (K v)
-    damps that (Knight, Ruiz, Ucar 2014): together they shrink an eigenmode l of the positive
+    Here f = g: n times the plan is u_i K_ij u_j with K = exp(-C / epsilon), so that u = 1 / (K u).
+    The step from u to v = 1 / (K u) swings around the solution; the mean of log v and log 1 / (K v)
+    damps that (Knight, Ruiz, Ucar 2014). Together they shrink an eigenmode l of the positive
     operator by l (1 - l) / 2 <= 1/8, at any epsilon. K_ii = 1 keeps u below 1: nothing underflows.
     """
     n = x.shape[-2]
@@ -294,7 +295,7 @@ def _solve_symmetric(x, epsilon, tol=1e-5, max_iter=200):
 
 
 def _exp_(x):
-    """exp in place, at least about 1e-30: subnormal numbers slow a CPU's matrix products tenfold."""
+    """exp in place, at least about 1e-30: subnormal numbers slow a CPU's products tenfold."""
     return x.clamp_(min=0.8 * math.log(torch.finfo(x.dtype).tiny)).exp_()
 
 
@@ -323,7 +324,7 @@ def _weights(name, w, like):
     if w is None:
         return like.new_full(size, 1 / size[0])
     if w.shape not in (size, like.shape):
-        raise ValueError(f"{name} must be {tuple(size)} or {tuple(like.shape)}, got {tuple(w.shape)}")
+        raise ValueError(f"{name} must be {tuple(like.shape)}, got {tuple(w.shape)}")
     w = w.to(like)
     if not (lowest := w.min().item()) >= 0:
         raise ValueError(f"{name} must not be negative, got {lowest}")
@@ -385,7 +386,8 @@ def _rivals():
         solve = functools.partial(ot.solve, max_iter=1000, tol=1e-5, grad="envelope")
         terms = (0, 1, 1), (0, 0, -0.5), (1, 1, -0.5)
         yield "POT", lambda *xy, epsilon: sum(
-            w * solve(_half_squared_distances(xy[i], xy[j]), reg=epsilon).value for i, j, w in terms)
+            w * solve(_half_squared_distances(xy[i], xy[j]), reg=epsilon).value
+            for i, j, w in terms)
     else:
         print("POT is not installed: no column for it")
 
@@ -396,7 +398,8 @@ def benchmark(sizes, repeats, device):
           f"{torch.get_num_threads()} threads; ms: ours, median; x: median of its time over ours, "
           "run in turn\n      batch     b  eps launches syncs     ms", *names[1:])
 
-    for kind, eps, b in itertools.product(KINDS, (0.1, 0.01), sizes):
+    kinds = "clustered", "collapsed", "low-rank", "two classes"
+    for kind, eps, b in itertools.product(kinds, (0.1, 0.01), sizes):
         x, y = (z.to(device) for z in _batch(kind, b))
         x.requires_grad_()
 
@@ -413,7 +416,8 @@ def benchmark(sizes, repeats, device):
         ours, *others = zip(*runs)
         print(f"{kind:>11} {b:5} {eps:4} {count.launches:8} {count.syncs:5}",
               f"{1e3 * statistics.median(ours):6.2f}",
-              *(f"{statistics.median(map(operator.truediv, t, ours)):7.1f}x" for t in others), flush=True)
+              *(f"{statistics.median(map(operator.truediv, t, ours)):7.1f}x" for t in others),
+              flush=True)
 
 
 if __name__ == "__main__":
