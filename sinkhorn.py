@@ -6,223 +6,296 @@
     python sinkhorn.py  # benchmark, beside geomloss and POT where installed
     python sinkhorn.py --sizes 128 512 --threads 2 --repeats 20
 
-Shapes: n points of weights a (n), m points of weights b (m), cost C (n, m); "..." are independent problems.
-Units: epsilon and the potentials f, g are in the units of C.
-Float32 is meant: with TF32 allowed in matrix products (not PyTorch's default) the marginals stop near 1e-3.
-Plan: pi_ij = exp((f_i + g_j - C_ij) / epsilon) a_i b_j.
+Read `sweep` first: it is the whole method. `_solve` finds the same f and g, only faster.
+
+Shapes: n points of weights a (n), m points of weights b (m), cost C (n, m); "..." are independent
+problems. Units: epsilon and the potentials f, g are in the units of C. Float32 is meant: with TF32
+allowed in matrix products (not PyTorch's default) the marginals stop near 1e-3.
 """
 import argparse
 import functools
 import importlib.util
 import itertools
 import math
-import os
+import operator
 import statistics
 import time
 import warnings
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-BLOCK = 7  # sweeps, with the plain one for a look at the error: each look makes the host wait for the device
-SAFE_DRIFT = 20  # |log u|, |log v| from where entries of the plan that underflowed may be missed
-EASY = 10  # max|C| / epsilon where the way down starts: 8 to 16 do as well, 30 is slow on hard problems
+BLOCK = 7  # sweeps between two looks at the error: at each look the host waits for the device
+EASY = 10  # max|C| / epsilon from which epsilon falls: 8 to 20 do as well
+SAFE_DRIFT = 20  # |log u|, |log v| up to which no entry of the plan is lost to underflow
 
 
-def sinkhorn(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
-    """Potentials f (..., n), g (..., m) of min <pi, C> + epsilon KL(pi | a x b), marginals a, b (Eq. 5-6).
+def sweep(cost, f, epsilon, a, b):
+    """A sweep of Sinkhorn's algorithm for Eq. 5-6, in the log domain: f -> f (..., n), g (..., m).
 
-    cost (..., n, m); a (..., n) or (n,) non-negative and of sum 1, uniform if None; b likewise. No gradient.
-    Runs until every problem's marginals are within tol of a and b (L1), or warns after max_iter sweeps
-    (rounded up to a block; not before a block at each epsilon on the way down). With r = u max|C| / epsilon,
-    the rounding of the plan's entries (u the dtype's unit), tol is at least 3 r; r above 0.1 warns, too.
-    Computes in float64 if cost is, else in float32, autocast or not.
-    ValueError: cost not (..., n, m) or not finite, epsilon <= 0, weights of wrong shape or sum or negative.
+    The plan that minimises <pi, C> + epsilon KL(pi | a x b) among those with marginals a and b is
+        pi_ij = exp((f_i + g_j - C_ij) / epsilon) a_i b_j
+    for some f, g. A sweep chooses g so that the columns of pi sum to b, and then f so that its rows
+    sum to a, which spoils the columns a little; repeated, it leaves both right. Start from any f.
     """
-    with torch.autocast(cost.device.type, enabled=False):
-        return _solve(cost, epsilon, a, b, tol, max_iter)[1:3]
+    log_a, log_b = a.log().unsqueeze(-1), b.log().unsqueeze(-2)  # (..., n, 1), (..., 1, m)
+
+    # sum_i pi_ij = b_j, solved for g_j
+    g = -epsilon * ((f.unsqueeze(-1) - cost) / epsilon + log_a).logsumexp(-2)
+
+    # sum_j pi_ij = a_i, solved for f_i
+    f = -epsilon * ((g.unsqueeze(-2) - cost) / epsilon + log_b).logsumexp(-1)
+    return f, g
 
 
 def transport_plan(cost, f, g, epsilon, a=None, b=None):
     """The plan (..., n, m) of potentials f (..., n), g (..., m); weights as in `sinkhorn`."""
     log_a = -math.log(cost.shape[-2]) if a is None else a.log()
     log_b = -math.log(cost.shape[-1]) if b is None else b.log()
-    return ((f / epsilon + log_a).unsqueeze(-1) + (g / epsilon + log_b).unsqueeze(-2) - cost / epsilon).exp()
+    log_u, log_v = f / epsilon + log_a, g / epsilon + log_b
+    return (log_u.unsqueeze(-1) + log_v.unsqueeze(-2) - cost / epsilon).exp()
+
+
+def sinkhorn(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
+    """Potentials f (..., n), g (..., m) of min <pi, C> + epsilon KL(pi | a x b) (Eq. 5-6).
+
+    cost (..., n, m); a (..., n) or (n,) non-negative and of sum 1, uniform if None; b likewise. No
+    gradient. Runs until every problem's marginals are within tol of a and b (L1), or warns after
+    max_iter sweeps (rounded up to a block; not before a block at each epsilon on the way down).
+    With r = u max|C| / epsilon, the rounding of the plan's entries (u the dtype's unit), tol is at
+    least 3 r; r above 0.1 warns, too. Computes in float64 if cost is, else in float32, autocast or
+    not.
+    ValueError: cost not (..., n, m) or not finite, epsilon <= 0, weights of wrong shape or sum or
+    negative.
+    """
+    cost, a, b = _checked(cost, epsilon, a, b)
+    with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
+        _, f, g = _solve(cost, epsilon, a, b, tol, max_iter)
+    return f, g
 
 
 def ot_cost(cost, epsilon, a=None, b=None):
     """W = <pi, C> + epsilon KL(pi | a x b) at its minimum (Eq. 5-6), cost (..., n, m) -> (...).
 
-    Computed as the dual <a, f> + <b, g> + epsilon (1 - sum pi). At the optimum the two are equal and the
-    dual's derivative in C at fixed f, g is pi (envelope theorem): backward does not see the sweeps, and is
-    right once, in cost. Arguments, errors and warning as in `sinkhorn`.
+    Differentiable once, in cost and the weights. Arguments, errors and warning as in `sinkhorn`.
     """
-    cost, a, b, _ = _checked(cost, epsilon, a, b)
-    f, g = sinkhorn(cost, epsilon, a, b)
-    mass = transport_plan(cost, f, g, epsilon, a, b).sum((-2, -1))
-    return (a * f).sum(-1) + (b * g).sum(-1) + epsilon * (1 - mass)
+    cost, a, b = _checked(cost, epsilon, a, b)
+    a, b = a.expand(cost.shape[:-1]), b.expand(cost.shape[:-2] + b.shape[-1:])
+
+    with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
+        _, f, g = _solve(cost, epsilon, a, b)
+        plan = transport_plan(cost, f, g, epsilon, a, b)
+
+        # The dual, equal to W at the optimum
+        value = (a * f).sum(-1) + (b * g).sum(-1) + epsilon * (1 - plan.sum((-2, -1)))
+
+    # f and g maximise the dual, so that W moves with C and the weights as if f and g stood still
+    # (envelope theorem): dW/dC = pi, dW/da = f, dW/db = g, and backward does not see the sweeps.
+    return _WithGradient.apply((value, plan, f, g), cost, a, b)[0]
 
 
 def sinkhorn_divergence(x, y, epsilon, debias=True):
-    """W(x, y) - W(x, x) / 2 - W(y, y) / 2 of clouds x (..., n, d), y (..., m, d) of equal weights -> (...).
+    """W(x, y) - W(x, x) / 2 - W(y, y) / 2 of clouds x (..., n, d), y (..., m, d) -> (...).
 
-    W is Eq. 5 with ground cost |x_i - y_j|^2 / 2. The debiased form (Feydy et al. 2019, the paper's [33])
-    is 0, with gradient 0, up to rounding for equal clouds; debias=False is W(x, y), Eq. 5 to the letter.
-    Differentiable once, in x and y. Marginals within 3 r (see `sinkhorn`) are coarse for nearly equal clouds at
-    a small epsilon, whose gradient is a small difference: use float64 there.
-    ValueError: shapes that do not match, points that are not finite, epsilon <= 0. Warns as `sinkhorn` does.
+    W is Eq. 5 with equal weights and ground cost |x_i - y_j|^2 / 2. The debiased form (Feydy et al.
+    2019, the paper's [33]) is 0, with gradient 0, up to rounding for equal clouds; debias=False is
+    W(x, y), Eq. 5 to the letter. Differentiable once, in x and y. Marginals within 3 r (see
+    `sinkhorn`) are coarse for nearly equal clouds at a small epsilon, whose gradient is a small
+    difference: use float64 there. ValueError: shapes that do not match, points that are not finite,
+    epsilon <= 0. Warns as `sinkhorn` does.
     """
     if min(x.dim(), y.dim()) < 2 or x.shape[:-2] + x.shape[-1:] != y.shape[:-2] + y.shape[-1:]:
-        raise ValueError(f"x (..., n, d), y (..., m, d) do not match: {tuple(x.shape)}, {tuple(y.shape)}")
+        raise ValueError("x (..., n, d), y (..., m, d) do not match: "
+                         f"{tuple(x.shape)}, {tuple(y.shape)}")
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    return _Divergence.apply(x.to(dtype), y.to(dtype), epsilon, debias)
+    inputs = x, y = x.to(dtype), y.to(dtype)
+    n, m = x.shape[-2], y.shape[-2]
 
-
-class _Divergence(torch.autograd.Function):
-    """Envelope theorem: dW(x, y)/dx_i = sum_j pi_ij (x_i - y_j), a pull towards where the mass of x_i goes.
-    It is known as soon as pi is, so forward computes it and nothing of size (n, m) waits for backward."""
-
-    @staticmethod
-    def forward(ctx, x, y, epsilon, debias):
-        # Shifting a cloud adds terms in i or in j alone to C, which f or g absorb: the plan does not see means.
-        # Without them C stays small, and float32 exact, where the clouds are far apart (a collapsed student).
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        # The plan does not change when a cloud is shifted, for that adds to C terms in i or in j
+        # alone. About its mean C is small, and float32 exact, however far the clouds are apart.
         mean_x, mean_y = x.mean(-2, keepdim=True), y.mean(-2, keepdim=True)  # (..., 1, d)
         x, y, gap = x - mean_x, y - mean_y, mean_x - mean_y
-        with torch.autocast(x.device.type, enabled=False):
-            plan, f, g, _ = _solve(_half_squared_distances(x, y), epsilon)
-            value = gap.square().sum((-2, -1)) / 2 + f.mean(-1) + g.mean(-1)  # Eq. 5, its dual
-            dx, dy = (x + gap) / x.shape[-2] - plan @ y, None
-            if ctx.needs_input_grad[1]:  # a teacher's points have none
-                dy = (y - gap) / y.shape[-2] - plan.mT @ x
-            for points, gradient in ((x, dx), (y, dy)) if debias else ():
-                plan, f = _solve_symmetric(_half_squared_distances(points, points), epsilon)
-                value -= f.mean(-1)
-                if gradient is not None:
-                    gradient -= points / points.shape[-2] - plan @ points
-        ctx.save_for_backward(dx, dy)
-        return value
+
+        cost, a, b = _checked(_half_squared_distances(x, y), epsilon)
+        plan, f, g = _solve(cost, epsilon, a, b)
+        value = f.mean(-1) + g.mean(-1) + gap.square().sum((-2, -1)) / 2  # the dual
+
+        if not debias:
+            own_x, own_y = x / n, y / m
+        else:
+            if n == m:  # both at once: half the launches
+                (w_x, w_y), (own_x, own_y) = _solve_symmetric(torch.stack((x, y)), epsilon)
+            else:
+                w_x, own_x = _solve_symmetric(x, epsilon)
+                w_y, own_y = _solve_symmetric(y, epsilon)
+            value -= (w_x + w_y) / 2
+
+        # dW(x, y)/dx_i = sum_j pi_ij (x_i - y_j): a pull to where the mass of x_i goes in y, and
+        # the debiasing one away from where it goes in x itself. The terms in x_i alone cancel.
+        dx, dy = own_x - plan @ y + gap / n, None
+        if inputs[1].requires_grad:  # a teacher's does not
+            dy = own_y - plan.mT @ x - gap / m
+
+    return _WithGradient.apply((value, dx, dy), *inputs)[0]
+
+
+class _WithGradient(torch.autograd.Function):
+    """Gives a value that was computed without autograd the gradients it is known to have in inputs.
+
+    The gradients are outputs as well, so that autograd comes back here when someone differentiates
+    them: as constants they would give second derivatives that are wrong in silence.
+    """
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        dx, dy = (d if d is None else grad[..., None, None] * d for d in ctx.saved_tensors)
-        return dx, dy, None, None
+    def forward(ctx, value_and_gradients, *inputs):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*value_and_gradients[1:])
+        return value_and_gradients
+
+    @staticmethod
+    def backward(ctx, grad, *grads_of_gradients):
+        if any(g is not None for g in grads_of_gradients):
+            raise RuntimeError("entropic OT has a first derivative here, but no second")
+
+        def scaled(d):  # as many dimensions as the value, and then one or two of its own
+            return d * grad.reshape(grad.shape + (1,) * (d.dim() - grad.dim()))
+
+        return None, *(None if grad is None or d is None else scaled(d) for d in ctx.saved_tensors)
 
 
 def _half_squared_distances(x, y):
-    half_x, half_y = x.square().sum(-1, keepdim=True) / 2, y.square().sum(-1, keepdim=True) / 2
-    return (half_x - x @ y.mT).add_(half_y.mT)  # (..., n, m)
+    half_x, half_y = (z.square().sum(-1, keepdim=True) / 2 for z in (x, y))
+    return (half_x + half_y.mT).sub_(x @ y.mT)  # (..., n, m)
 
 
-@torch.no_grad()
-def _solve(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
-    """Plan (..., n, m), f (..., n), g (..., m), sweeps done.
+def _solve(cost, epsilon, a, b, tol=1e-5, max_iter=1000):
+    """The fixed point of `sweep`, faster -> plan (..., n, m), f (..., n), g (..., m).
 
-    A sweep v = b / (P^T u), u = a / (P v) is two matrix-vector products on the current plan P. After a block
-    of them log u, log v go into f / epsilon, g / epsilon, and P is computed afresh (Schmitzer 2019). Where u,
-    v ran too far for P's floating-point range, log-domain sweeps replace the block. A small epsilon is reached
-    from a large one (Schmitzer's epsilon scaling): after a block `level` falls to error^(1 / BLOCK) of itself,
-    the further the better the block converged, and f, g, about linear in it, go on along their line.
+    What belongs to rows and to columns lies side by side, (..., 1, n + m): one launch serves both.
     """
-    cost, a, b, scale = _checked(cost, epsilon, a, b)
-    unit = torch.finfo(cost.dtype).eps
-    rounding = unit * scale / epsilon
+    n, m = cost.shape[-2:]
+    unit, largest = torch.finfo(cost.dtype).eps, cost.abs().max().item()
+    if not largest < math.inf:
+        raise ValueError(f"cost must be finite, got {largest}")
+    rounding = unit * largest / epsilon
     tol = max(tol, min(3 * rounding, 0.1))
-    a, b = (w.clamp(min=unit ** 2).unsqueeze(-1) for w in (a, b))  # points of no weight have a potential
-    log_a, log_b, sizes = a.log(), b.log().mT, cost.shape[-2:]  # (..., n, 1), (..., 1, m), (n, m)
 
-    def snapped(level):  # an epsilon this near is not worth a block of its own
+    batch = cost.shape[:-2]
+    weights = torch.cat((a.expand(*batch, n), b.expand(*batch, m)), -1).unsqueeze(-2)
+    weights = weights.clamp(min=unit**2)  # points of no weight have a potential, too
+    (a, b), log_weights = weights.split((n, m), -1), weights.log()  # a (..., 1, n), b (..., 1, m)
+
+    def lowered(level):  # an epsilon near the one wanted is not worth a block of its own
         return level if level > 2 * epsilon else epsilon
 
-    def fresh():
-        f, g = (potentials / level).split(sizes, -2)
-        plan = _exp_((cost / -level).add_(f + log_a).add_(g.mT + log_b))
-        return plan, torch.ones_like(f), torch.ones_like(g)
-
-    level, level_above, potentials_above = snapped(scale / EASY), math.inf, 0.0
-    potentials = torch.cat((cost.amin(-1), torch.zeros_like(cost[..., 0, :])), -1).unsqueeze(-1)  # (..., n + m, 1)
+    ones = torch.ones_like(weights)
+    potentials = potentials_above = torch.zeros_like(weights)
+    level, level_above = lowered(largest / EASY), math.inf
     omega, error, sweeps = 1.0, math.inf, 0
     while True:
-        sweeps += BLOCK
-        plan, u, v = fresh()
+        # Absorb: with f and g inside a plan P, sweeps only have to find u, v such that u_i P_ij v_j
+        # has the right sums: matrix-vector products, and exp once a block (Schmitzer 2019).
+        log_u, log_v = (potentials / level + log_weights).split((n, m), -1)
+        plan = _exp_(torch.sub(log_u.mT + log_v, cost, alpha=1 / level))
+
+        # Sweep, over-relaxed by omega.
+        u, v = ones.split((n, m), -1)
         for _ in range(BLOCK - 1):
-            v = _scaling(v, b, plan.mT @ u, omega)
-            u = _scaling(u, a, plan @ v, omega)
-        plain_v = b / (plan.mT @ u)
-        plain_u = a / (plan @ plain_v)  # after a plain sweep rows are exact, and the columns hold all of the error
-        moved = torch.cat((plain_u, plain_v), -2).log()
-        look = torch.stack((_l1(plain_v * (plan.mT @ plain_u) - b), moved.abs().max()))
-        previous, (error, drift) = error, look.tolist()
-        if not drift < SAFE_DRIFT:
-            f, g = potentials.split(sizes, -2)
+            v = _relaxed(v, b / (u @ plan), omega)
+            u = _relaxed(u, a / (v @ plan.mT), omega)
+
+        # A plain sweep makes the rows exact, so that the columns hold all of the error. Among
+        # over-relaxed sweeps it is for measure only: taking it would spoil their pace.
+        last_v = b / (u @ plan)
+        last_u = a / (last_v @ plan.mT)
+        if omega == 1:
+            u, v = last_u, last_v
+        step, previous = torch.cat((u, v), -1).log(), error
+        safe = step.abs().max() < SAFE_DRIFT  # NaN is not
+        error = torch.where(safe, _l1(b - last_v * (last_u @ plan)), math.inf).item()
+        sweeps += BLOCK
+
+        # u, v left the range of floating-point numbers: the same sweeps, in the log domain.
+        if not error < math.inf:
+            f = potentials[..., 0, :n]
             for _ in range(BLOCK):
-                g = -level * ((f - cost) / level + log_a).logsumexp(-2).unsqueeze(-1)
-                f = -level * ((g.mT - cost) / level + log_b).logsumexp(-1, keepdim=True)
-            potentials = torch.cat((f, g), -2)
-            plan, u, v = fresh()
-            omega, error = 1.0, _l1(plan.mT @ u - b).item()
-        elif omega == 1 or error <= tol or sweeps >= max_iter:
-            potentials, u, v = potentials + level * moved, plain_u, plain_v
-        else:  # a plain sweep would stop the over-relaxed ones' swing
-            potentials = potentials + level * torch.cat((u, v), -2).log()
-        if level > epsilon:
-            next_level = snapped(level * min(error ** (1 / BLOCK), 0.8))  # errors may exceed 1: never up
-            step = (level - next_level) / (level_above - level) * (potentials - potentials_above)  # 0 at first
-            potentials, potentials_above = potentials + step, potentials
-            level, level_above, error = next_level, level, math.inf
-        elif error > tol and sweeps < max_iter:
-            omega = _over_relaxation(omega, error, previous)
-        else:
+                f, g = sweep(cost, f, level, a.squeeze(-2), b.squeeze(-2))
+            plan = transport_plan(cost, f, g, level, a.squeeze(-2), b.squeeze(-2))
+            potentials, step = torch.cat((f, g), -1).unsqueeze(-2), torch.zeros_like(step)
+            last_u, last_v = ones.split((n, m), -1)
+            omega, error = 1.0, _l1(b - plan.sum(-2, keepdim=True)).item()
+
+        if level == epsilon and (error <= tol or sweeps >= max_iter):
             break
+        potentials = potentials + level * step
+
+        # Relax: hundreds of sweeps become tens.
+        if level == epsilon:
+            omega = _over_relaxation(omega, error, previous)
+            continue
+
+        # Lower epsilon, the further the better the block converged (Schmitzer's epsilon scaling):
+        # a small one is reached sooner from a large one. f and g, about linear in it, go on along
+        # their line, which halves the sweeps of the hardest problems.
+        next_level = lowered(level * min(error ** (1 / 10), 0.8))
+        slope = (potentials - potentials_above) / (level_above - level)  # 0 at first
+        potentials_above, potentials = potentials, potentials + (level - next_level) * slope
+        level_above, level, error = level, next_level, math.inf
+
     _warn_above(tol, max(error, rounding), sweeps, epsilon)
-    f, g = potentials.squeeze(-1).split(sizes, -1)
-    return plan.mul_(u).mul_(v.mT), f, g, sweeps
+    potentials = potentials + level * torch.cat((last_u, last_v), -1).log()
+    f, g = potentials.squeeze(-2).split((n, m), -1)
+    return plan.mul_(last_u.mT).mul_(last_v), f, g
 
 
-def _scaling(u, a, marginal, omega):
-    """u = a / (P v), over-relaxed: log u moves omega times as far."""
-    return a / marginal if omega == 1 else (a / (u * marginal)).pow_(omega).mul_(u)
+def _relaxed(old, new, omega):
+    """log u moves omega times as far as in a plain sweep."""
+    return new if omega == 1 else (new / old).pow_(omega).mul_(old)
 
 
 def _over_relaxation(omega, error, previous):
-    """The next block's omega. Near the optimum a sweep is a Gauss-Seidel step; if the plain one converges
-    at rate r, omega = 2 / (1 + sqrt(1 - r)) is best, and turns hundreds of sweeps into tens (Lehmann et al.
-    2022). Young's (1954) (rate + omega - 1)^2 = r omega^2 rate gives r from the rate just seen; 1.6 is a first
-    guess. Plain again after an increase; on a plateau rounding alone moves the error, and that is none."""
+    """The next block's omega. Near the optimum a sweep is a Gauss-Seidel step; if the plain one
+    converges at rate r, omega = 2 / (1 + sqrt(1 - r)) is best (Lehmann et al. 2022). Young's (1954)
+    (rate + omega - 1)^2 = r omega^2 rate gives r from the rate just seen; 1.6 is a first guess.
+    Plain again after an increase; on a plateau rounding alone moves the error, and that is none.
+    """
     if error > 1.02 * previous:
         return 1.0
     if previous == math.inf:
         return 1.6
     rate = max((error / previous) ** (1 / BLOCK), omega - 1)
-    plain_rate = min((rate + omega - 1) ** 2 / (rate * omega ** 2), 0.9999)  # keeps omega below 1.98
+    plain_rate = min((rate + omega - 1) ** 2 / (rate * omega**2), 0.9999)  # keeps omega below 1.98
     return 2 / (1 + math.sqrt(1 - plain_rate))
 
 
-@torch.no_grad()
-def _solve_symmetric(cost, epsilon, tol=1e-5, max_iter=200):
-    """Plan (..., n, n) and f (..., n) of a cloud against itself: f = g = epsilon log u, u = 1 / (K u), where
-    K = exp(-C / epsilon) / n.
+def _solve_symmetric(x, epsilon, tol=1e-5, max_iter=200):
+    """A cloud x (..., n, d) against itself -> W (...), and plan @ x (..., n, d).
 
-    The plain u -> v = 1 / (K u) swings around the solution; the mean of log v and log 1 / (K v) damps that
-    (Knight, Ruiz, Ucar 2014). Together they shrink an eigenmode l of the positive operator by l (1 - l) / 2
-    <= 1/8, at any epsilon. K_ii = 1 / n keeps u below sqrt(n), so that nothing underflows.
+    Here f = g: n times the plan is u_i K_ij u_j with K = exp(-C / epsilon), so that u = 1 / (K u).
+    The step from u to v = 1 / (K u) swings around the solution; the mean of log v and log 1 / (K v)
+    damps that (Knight, Ruiz, Ucar 2014). Together they shrink an eigenmode l of the positive
+    operator by l (1 - l) / 2 <= 1/8, at any epsilon. K_ii = 1 keeps u below 1: nothing underflows.
     """
-    n = cost.shape[-1]
-    kernel = _exp_(cost / -epsilon).div_(n)
-    u, error, sweeps = torch.ones_like(cost[..., :1]), math.inf, 0  # u (..., n, 1)
+    n = x.shape[-2]
+    kernel = _exp_(_half_squared_distances(x, x).div_(-epsilon))
+    u = kernel.sum(-2, keepdim=True).rsqrt_()
+    error, sweeps = math.inf, 0
     while error > tol and sweeps < max_iter:
-        sweeps += 10
-        for _ in range(5):  # the error shrinks by 8^5 or more: seldom a second time
-            v = (kernel @ u).reciprocal()
-            u = (v / (kernel @ v)).sqrt()
-        v = (kernel @ u).reciprocal()  # rows exact, as in `_solve`
-        error = _l1((u / v - 1) / n).item()
+        for _ in range(3):
+            v = (u @ kernel).reciprocal_()
+            u = (v / (v @ kernel)).sqrt_()
+        v = (u @ kernel).reciprocal_()  # rows exact, as in `_solve`
+        error = _l1(u / v - 1).item() / n
+        sweeps += 7
+
     _warn_above(tol, error, sweeps, epsilon)
-    f = epsilon / 2 * (u * v).log().squeeze(-1)
-    return kernel.mul_(v / n).mul_(u.mT), f
+    value = epsilon * ((u * v).log_().mean((-2, -1)) + math.log(n))
+    return value, kernel.mul_(v.mT / n).mul_(u) @ x
 
 
 def _exp_(x):
-    """exp in place, at least about 1e-30: subnormal numbers slow a CPU's matrix products tenfold."""
+    """exp in place, at least about 1e-30: subnormal numbers slow a CPU's products tenfold."""
     return x.clamp_(min=0.8 * math.log(torch.finfo(x.dtype).tiny)).exp_()
 
 
@@ -232,28 +305,27 @@ def _l1(residual):
 
 def _warn_above(tol, error, sweeps, epsilon):
     if not error <= tol:  # NaN too
-        warnings.warn(f"Sinkhorn stopped at marginal error {error:.1e} > {tol:.1e} after {sweeps} sweeps, "
-                      f"epsilon={epsilon}; raise epsilon, or use float64", stacklevel=5)
+        warnings.warn(f"Sinkhorn stopped at marginal error {error:.1e} > {tol:.1e} after {sweeps} "
+                      f"sweeps, epsilon={epsilon}; raise epsilon, or use float64", stacklevel=4)
 
 
-def _checked(cost, epsilon, a, b):
-    """cost in float32 or float64, weights filled in and of sum 1, max|C|."""
+def _checked(cost, epsilon, a=None, b=None):
+    """cost in float32 or float64, weights filled in and of sum 1."""
     if cost.dim() < 2 or cost.numel() == 0:
         raise ValueError(f"cost must be (..., n, m) and not empty, got {tuple(cost.shape)}")
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
-    if not math.isfinite(scale := cost.detach().abs().max().item()):
-        raise ValueError(f"cost must be finite, got {scale}")
-    return cost, _weights("a", a, cost, cost.shape[-2]), _weights("b", b, cost, cost.shape[-1]), scale
+    return cost, _weights("a", a, cost[..., 0]), _weights("b", b, cost[..., 0, :])
 
 
-def _weights(name, w, cost, size):
+def _weights(name, w, like):
+    size = like.shape[-1:]
     if w is None:
-        return cost.new_full((size,), 1 / size)
-    if w.shape not in ((size,), cost.shape[:-2] + (size,)):
-        raise ValueError(f"{name} must be (..., {size}) for cost {tuple(cost.shape)}, got {tuple(w.shape)}")
-    w = w.to(cost)
+        return like.new_full(size, 1 / size[0])
+    if w.shape not in (size, like.shape):
+        raise ValueError(f"{name} must be {tuple(like.shape)}, got {tuple(w.shape)}")
+    w = w.to(like)
     if not (lowest := w.min().item()) >= 0:
         raise ValueError(f"{name} must not be negative, got {lowest}")
     total = w.sum(-1, keepdim=True)
@@ -262,129 +334,99 @@ def _weights(name, w, cost, size):
     return w / total
 
 
+# ------------------------------------------------------------------------------------ benchmark
+
+
 def _batch(kind, b, k=30, width=512):
-    """Student's and teacher's cosine similarities at the teacher's k least similar anchors, (b, k) each."""
+    """Student's and teacher's cosine similarities at the teacher's k least similar anchors: (b, k).
+    "two classes" is what trained networks make of a batch: two sharp classes, and a student that
+    disagrees with the teacher on every tenth sample."""
     rng = torch.Generator().manual_seed(0)
+    normal = functools.partial(torch.randn, generator=rng)
     if kind == "low-rank":
-        teacher, student = (torch.randn(b, 3, generator=rng) @ torch.randn(3, width, generator=rng)
-                            for _ in range(2))
-    elif kind == "two classes":  # as trained networks see them; they disagree on every tenth sample
+        teacher, student = (normal(b, 3) @ normal(3, width) for _ in range(2))
+    elif kind == "two classes":
         side = torch.randint(2, (b, 1), generator=rng) * 2.0 - 1
-        flip = 1 - 2.0 * (torch.arange(b) % 10 == 0)[:, None]
-        teacher, student = (side * torch.rand(b, 1, generator=rng) * torch.randn(width, generator=rng)
-                            + torch.randn(b, width, generator=rng) / 10 for side in (side, side * flip))
+        flip = 1 - 2.0 * (torch.arange(b)[:, None] % 10 == 0)
+        teacher, student = (
+            s * torch.rand(b, 1, generator=rng) * normal(width) + normal(b, width) / 10
+            for s in (side, side * flip))
     else:
-        teacher = torch.randn(8, width, generator=rng)[torch.randint(8, (b,), generator=rng)]
-        teacher = teacher + torch.randn(b, width, generator=rng) / 2
-        student = teacher + torch.randn(b, width, generator=rng)
-    if kind == "collapsed":
-        student = student + 5 * torch.randn(width, generator=rng)
-    teacher, student = (torch.nn.functional.normalize(z, dim=1) for z in (teacher, student))
+        teacher = normal(8, width)[torch.randint(8, (b,), generator=rng)] + normal(b, width) / 2
+        student = teacher + normal(b, width) + (kind == "collapsed") * 5 * normal(width)
+
+    student, teacher = map(torch.nn.functional.normalize, (student, teacher))
     anchors = (teacher @ teacher.T).topk(min(k, b), largest=False).indices
-    return (student @ student.T).gather(1, anchors), (teacher @ teacher.T).gather(1, anchors)
+    return [(z @ z.T).gather(1, anchors) for z in (student, teacher)]
 
 
-def _reference_gradient(x, y, epsilon):
-    """Debiased gradient in x, float64, marginals to 1e-9 or after 1,000 sweeps, the general solver only."""
-    x, y = x.double(), y.double()
-    gap, x, y = x.mean(0) - y.mean(0), x - x.mean(0), y - y.mean(0)
-    xy, xx = _half_squared_distances(x, y), _half_squared_distances(x, x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 1,000 sweeps leave it below 1e-4 all the same
-        to_y, to_x = (transport_plan(c, *sinkhorn(c, epsilon, tol=1e-9), epsilon) for c in (xy, xx))
-    return gap / len(x) + to_x @ x - to_y @ y
+class _Count(TorchDispatchMode):
+    """Counts the operators that PyTorch carries out, views apart (on a GPU each is a kernel, or a
+    few), and those by which the host waits for a number (`.item()`)."""
+    launches = syncs = 0
 
-
-def _peak_megabytes(step, device):
-    """Peak of one step: CUDA's max_memory_allocated, or the running sum of the CPU allocator's events."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would talk of GPUs that are not there
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
-        step()
-    events = p.profiler.kineto_results.events()
-    events = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    return max(itertools.accumulate(nbytes for _, nbytes in sorted(events))) / 2**20
-
-
-def _step(x, y, epsilon):
-    sinkhorn_divergence(x.clone().requires_grad_(), y, epsilon).backward()
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **kwargs or {})
+        self.syncs += op.name() == "aten::_local_scalar_dense"
+        view = op.is_view or op.name() == "aten::_unsafe_view"
+        self.launches += torch.is_tensor(result) and not view
+        return result
 
 
 def _rivals():
-    rivals = {}
     if importlib.util.find_spec("geomloss"):
-        from geomloss import SamplesLoss
-        loss = functools.cache(lambda eps: SamplesLoss("sinkhorn", p=2, blur=eps**0.5, backend="tensorized"))
-        rivals["geomloss"] = lambda x, y, eps: loss(eps)(x, y)
+        import geomloss
+        loss = functools.cache(geomloss.SamplesLoss)
+        yield "geomloss", lambda x, y, epsilon: loss(blur=epsilon**0.5, backend="tensorized")(x, y)
+    else:
+        print("geomloss is not installed: no column for it")
+
     if importlib.util.find_spec("ot"):
         import ot
         solve = functools.partial(ot.solve, max_iter=1000, tol=1e-5, grad="envelope")
-        pairs = ((0, 1, 1), (0, 0, -0.5), (1, 1, -0.5))
-        rivals["POT"] = lambda *args: sum(
-            w * solve(_half_squared_distances(args[i], args[j]), reg=args[2]).value for i, j, w in pairs)
-    for name in {"geomloss", "POT"} - rivals.keys():
-        print(f"{name} is not installed: no column for it")
-    return rivals
-
-
-def _timed(losses, x, y, epsilon, repeats):
-    """Seconds of forward and backward, (runs, losses), run in turn; the last one's gradient stays in x.grad."""
-    runs, begin = [], time.perf_counter()
-    while len(runs) < 4 or len(runs) <= repeats and time.perf_counter() - begin < 1.5:
-        runs.append([])
-        for loss in losses:
-            x.grad, start = None, time.perf_counter()
-            loss(x, y, epsilon).backward()
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            runs[-1].append(time.perf_counter() - start)
-    return runs[1:]  # without the warm-up
+        terms = (0, 1, 1), (0, 0, -0.5), (1, 1, -0.5)
+        yield "POT", lambda *xy, epsilon: sum(
+            w * solve(_half_squared_distances(xy[i], xy[j]), reg=epsilon).value
+            for i, j, w in terms)
+    else:
+        print("POT is not installed: no column for it")
 
 
 def benchmark(sizes, repeats, device):
-    rivals = _rivals()
-    print(f"debiased divergence, forward + backward, float32, {device}, {torch.get_num_threads()} threads\n"
-          "ms: median; x: its time over ours, median of pairs run in turn; gradient: error against float64\n"
-          "      batch     b  eps sweeps marginal     ms      MB gradient"
-          + "".join(f" | {name:>8} gradient" for name in rivals))
-    rows = []
-    for kind, eps, b in itertools.product(("clustered", "collapsed", "low-rank", "two classes"), (0.1, 0.01), sizes):
+    names, losses = zip(("ours", sinkhorn_divergence), *_rivals())
+    print(f"debiased divergence, forward and backward, float32, {device}, "
+          f"{torch.get_num_threads()} threads; ms: ours, median; x: median of its time over ours, "
+          "run in turn\n      batch     b  eps launches syncs     ms", *names[1:])
+
+    kinds = "clustered", "collapsed", "low-rank", "two classes"
+    for kind, eps, b in itertools.product(kinds, (0.1, 0.01), sizes):
         x, y = (z.to(device) for z in _batch(kind, b))
         x.requires_grad_()
-        true = _reference_gradient(x.detach(), y, eps)
-        timed = functools.partial(_timed, x=x, y=y, epsilon=eps, repeats=repeats)
-        seconds = statistics.median(ours for ours, in timed([sinkhorn_divergence]))
-        quality = f"{(x.grad - true).norm() / true.norm():8.0e}"
-        for name, rival in rivals.items():
-            if name != "POT" or b <= 512:  # POT takes seconds above
-                ratio = statistics.median(other / ours for ours, other in timed([sinkhorn_divergence, rival]))
-                quality += f" | {ratio:7.1f}x {(x.grad - true).norm() / true.norm():8.0e}"
-        x, y = x.detach(), y.detach()
-        plan, _, _, sweeps = _solve(_half_squared_distances(x - x.mean(0), y - y.mean(0)), eps)
-        marginal = _l1(plan.sum(0, keepdim=True) - 1 / b) + _l1(plan.sum(1, keepdim=True) - 1 / b)
-        megabytes = _peak_megabytes(functools.partial(_step, x, y, eps), device)
-        rows.append((b, seconds, megabytes))
-        print(f"{kind:>11} {b:5} {eps:4} {sweeps:6} {marginal:8.0e} {1e3 * seconds:6.2f} {megabytes:7.2f} {quality}",
+
+        def seconds(loss):
+            start = time.perf_counter()
+            torch.autograd.grad(loss(x, y, epsilon=eps), x)
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+        with _Count() as count:
+            seconds(sinkhorn_divergence)
+        runs = [[seconds(loss) for loss in losses] for _ in range(repeats + 1)][1:]  # one warms up
+        ours, *others = zip(*runs)
+        print(f"{kind:>11} {b:5} {eps:4} {count.launches:8} {count.syncs:5}",
+              f"{1e3 * statistics.median(ours):6.2f}",
+              *(f"{statistics.median(map(operator.truediv, t, ours)):7.1f}x" for t in others),
               flush=True)
-    large = sorted(set(sizes))[-2:]  # below, a step is mostly overhead
-    if len(large) == 2:
-        log_b, *logs = ([math.log(value) for value in column]
-                        for column in zip(*(row for row in rows if row[0] in large), strict=True))
-        t, m = (statistics.linear_regression(log_b, column).slope for column in logs)
-        print(f"b = {large[0]} to {large[1]}: time grows like b^{t:.2f}, peak memory like b^{m:.2f}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Benchmark of the Sinkhorn divergence.", allow_abbrev=False)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 128, 512, 2048], help="batch sizes b")
+    parser = argparse.ArgumentParser(description="Benchmark of the divergence.", allow_abbrev=False)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 128, 512, 2048], help="points")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--repeats", type=int, default=20, help="paired repetitions, at most 1.5 s a row")
+    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each loss")
     args = parser.parse_args()
-    if min(args.sizes) < 2 or args.threads < 1 or args.repeats < 1:
-        parser.error("--sizes must be 2 or more, --threads and --repeats 1 or more")
+    if min(*args.sizes, args.threads, args.repeats) < 1:
+        parser.error("--sizes, --threads and --repeats must be 1 or more")
     torch.set_num_threads(args.threads)
     benchmark(args.sizes, args.repeats, "cuda" if torch.cuda.is_available() else "cpu")

@@ -31,7 +31,7 @@ import train_student
 import train_teacher
 from data import UserError
 from pkdot import ccc, cosine_loss, cosine_similarity_matrix, kl_loss, mse_loss, pkdot_loss, rkd_loss, task_loss
-from sinkhorn import ot_cost, sinkhorn, sinkhorn_divergence, transport_plan
+from sinkhorn import ot_cost, sinkhorn, sinkhorn_divergence, sweep, transport_plan
 from train_teacher import score
 
 SCRIPTS = Path(train_student.__file__).parent
@@ -156,6 +156,30 @@ def test_divergence_gradcheck(debias):
 def test_cost_gradcheck():
     cost, a, b = points(5, 7).square().requires_grad_(), weights(5), weights(7, seed=1)
     assert torch.autograd.gradcheck(lambda c: ot_cost(c, 0.5, a, b), (cost,), atol=2e-5, rtol=1e-3)
+
+
+def test_weights_gradcheck():
+    cost, a, b = points(2, 5, 7).square(), weights(5).requires_grad_(), weights(7, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: ot_cost(cost, 0.5, a / a.sum(), b / b.sum()), (a, b),
+                                    atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("loss", [
+    lambda x, y: sinkhorn_divergence(x, y, 0.3), lambda x, y: sinkhorn_divergence(x, y, 0.3, debias=False),
+    lambda x, y: sinkhorn_divergence(y, x, 0.3) ** 2, lambda x, y: x.pow(3).sum() + ot_cost(squared(x, y), 0.3),
+    lambda x, y: pkdot_loss(x, y, 3)])
+def test_a_second_derivative_is_refused(loss):
+    x, y, step = points(6, 3).requires_grad_(), points(6, 3, seed=1), 1e-4 * points(6, 3, seed=2)
+    gradient, = torch.autograd.grad(loss(x, y), x, create_graph=True)
+    up, down = ((x.detach() + s).requires_grad_() for s in (step, -step))
+    change = torch.autograd.grad(loss(up, y), up)[0] - torch.autograd.grad(loss(down, y), down)[0]
+    assert change.norm() > 1e-2 * step.norm()  # there is one, and it is not zero
+    with pytest.raises(RuntimeError, match="no second"):
+        torch.autograd.grad(gradient.sum(), x)
+    value = loss(x, y)
+    value.backward(retain_graph=True)
+    value.backward()  # gradients accumulate
+    torch.testing.assert_close(x.grad, 2 * gradient)
 
 
 def test_gradient_of_the_unrolled_loop():
@@ -309,6 +333,15 @@ def test_log_domain_sweeps(safe_drift, epsilon, monkeypatch):
         assert np.abs(plan.numpy() - plain_sinkhorn(one, epsilon, a, b)[0]).sum() < 1e-7
 
 
+def test_the_sweep_is_the_plain_loops():
+    cost, a, b, f = points(2, 6, 5).square(), weights(2, 6), weights(5, seed=1), torch.zeros(2, 6)
+    for _ in range(300):
+        f, g = sweep(cost, f.double(), 0.2, a, b)
+    plan = transport_plan(cost, f, g, 0.2, a, b)
+    for i in range(2):
+        assert np.abs(plan[i].numpy() - plain_sinkhorn(cost[i], 0.2, a[i], b)[0]).sum() < 1e-9
+
+
 @pytest.mark.parametrize("n", [20, 60])
 def test_a_permutation_is_found(n):
     best = torch.eye(n)[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
@@ -333,6 +366,11 @@ def test_warns_once_when_it_stops_early():
         with pytest.warns(UserWarning, match="marginal error") as caught:
             sinkhorn(**too_hard)
         assert len(caught) == 1
+    x = points(20, 2)
+    for loss in (sinkhorn, ot_cost, lambda cost, epsilon: sinkhorn_divergence(x, x.flip(0) + 1, 1e-15)):
+        with pytest.warns(UserWarning, match="marginal error") as caught:
+            loss(cost.float(), 1e-6)
+        assert {w.filename for w in caught} == {__file__}  # the caller's line, not the solver's
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sinkhorn(cost, 1.0)
@@ -382,7 +420,19 @@ def test_bad_input(call, message):
 def test_benchmark(capsys):
     sinkhorn_module.benchmark([8, 16], 1, "cpu")
     out = capsys.readouterr().out
-    assert out.count("two classes") == 4 and "peak memory like b^" in out
+    assert out.count("two classes") == 4 and "launches syncs" in out
+
+
+def test_launches_and_syncs():
+    x = torch.ones(3, 4)
+    with sinkhorn_module._Count() as count:
+        assert (x @ x.T).view(9)[1:].exp_().sum().item() > 0  # product, exp, sum; a view is none
+    assert (count.launches, count.syncs) == (3, 1)
+    for kind in ("clustered", "collapsed"):
+        x, y = sinkhorn_module._batch(kind, 128)
+        with sinkhorn_module._Count() as count:
+            sinkhorn_divergence(x.requires_grad_(), y, 0.1).backward()
+        assert count.launches < 150 and count.syncs == 3
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
