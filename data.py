@@ -1,7 +1,8 @@
-"""The data sets as they lie on disk, their spectrograms, the features file, folds and windows, and the stand-in.
+"""The data sets as they lie on disk, their spectrograms, the features file, folds and windows, and the
+stand-in.
 
-    python data.py --check biovid_b --root data/biovid_b            # counts, and every fault found
-    python data.py --synthetic biovid_b --root data/my-stand-in     # writes a small stand-in in the same format
+    python data.py --check biovid_b --root data/biovid_b          # counts, and every fault found
+    python data.py --synthetic biovid_b --root data/my-stand-in   # a small stand-in, same format
 
 A data set is a sequence of *rows*: one row is one clip (F face frames and the privileged signal of
 the same span). Its attributes are arrays over the rows:
@@ -24,12 +25,8 @@ import math
 import os
 import re
 import shutil
-import struct
 import sys
-import tokenize
 import warnings
-import zipfile
-import zlib
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -37,39 +34,42 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from scipy.io import wavfile
 from scipy.signal import resample_poly, spectrogram
+from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, encode_jpeg, read_image
 from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
 DATASETS = ("biovid_b", "biovid_a", "affwild2", "features")
 NO_LABEL, INVALID = math.nan, -5.0  # valence/arousal without a label: here, and in files
-ORIGIN = {"biovid": "on request from https://www.nit.ovgu.de/BioVid.html",
-          "affwild2": "on request from https://ibug.doc.ic.ac.uk/resources/aff-wild2/"}
+GATED = "is licence-gated, on request from {}; --synthetic runs without it"
+BIOVID = "BioVid " + GATED.format("https://www.nit.ovgu.de/BioVid.html")
+AFFWILD2 = "Affwild2 " + GATED.format("https://ibug.doc.ic.ac.uk/resources/aff-wild2/")
+FEATURES = "expected a features file (.npz) with visual (N, L, Dv), privileged (N, L, Dp) and label"
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, like every other error of the user's."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         raise UserError(f"{message}; see python {self.prog} --help")
 
 
 class UserError(ValueError):
-    """What the user can mend: one line that says what, where and what to do. The scripts print it and exit with 2."""
+    """What the user can mend: one line that says what, where and what to do; see `run`."""
 
 
 class Windows(NamedTuple):
     """Samples as windows over a source's rows: S of them, L rows each."""
-    index: torch.Tensor  # (S, L) the rows
-    keep: torch.Tensor  # (S, L) bool: which of them count; a tiling counts each row once
-    label: torch.Tensor  # int64 (S,), -1 for none; or float32 (S, L, 2), NaN for none and outside keep
+    index: Tensor  # (S, L) the rows
+    keep: Tensor  # (S, L) bool: which of them count; a tiling counts each row once
+    label: Tensor  # int64 (S,), -1 for none; or float32 (S, L, 2), NaN for none or not keep
 
     @property
     def labelled(self):
@@ -91,9 +91,9 @@ class Fold(NamedTuple):
 
 class Scored(NamedTuple):
     """What a score compares, one line a labelled sample (classes) or frame (valence/arousal)."""
-    prediction: torch.Tensor  # (T, C), or float64 (T, 2)
-    label: torch.Tensor  # int64 (T,), or float64 (T, 2)
-    row: torch.Tensor  # (T,) the source's row that the line belongs to
+    prediction: Tensor  # (T, C), or float64 (T, 2)
+    label: Tensor  # int64 (T,), or float64 (T, 2)
+    row: Tensor  # (T,) the source's row that the line belongs to
 
 
 class Samples(Dataset):
@@ -118,16 +118,13 @@ def windows(video, length, dense=False):
     than a window.
     """
     index, keep = [], []
-    bounds = [0, *(np.flatnonzero(video[1:] != video[:-1]) + 1), len(video)]
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-        last = max(end - length, begin)
-        seen = begin
-        for start in range(begin, last + 1) if dense else [*range(begin, last, length), last]:
-            rows = np.arange(start, start + length)
-            keep.append((rows < end) & (rows >= (start if dense else seen)))
-            index.append(rows.clip(max=end - 1))
-            seen = start + length
-    return torch.from_numpy(np.stack(index)), torch.from_numpy(np.stack(keep))
+    for rows in np.split(np.arange(len(video)), np.flatnonzero(video[1:] != video[:-1]) + 1):
+        last = max(len(rows) - length, 0)
+        first = np.arange(last + 1) if dense else np.arange(0, len(rows), length)
+        place = first.clip(max=last)[:, None] + np.arange(length)  # (windows, length) in the video
+        index.append(rows[place.clip(max=len(rows) - 1)])
+        keep.append((place >= first[:, None]) & (place < len(rows)))
+    return torch.from_numpy(np.concatenate(index)), torch.from_numpy(np.concatenate(keep))
 
 
 def label_windows(source, label, dense=False):
@@ -139,50 +136,48 @@ def label_windows(source, label, dense=False):
 
 
 def fold_windows(source, fold, dense=False, folds="subjects", labelled=None):
-    """The samples of fold 1..5 -> Fold; val and test tile, dense training windows start at every row.
+    """The samples of fold 1..5 -> Fold; they tile, or in training start at every row with dense.
 
     A training window without a label stays: it is a pair of modalities. labelled=N hides all
     training labels but those of N samples (tiles), the same ones whatever the seed; folds: see
     `parts`. Raises UserError where a part has no label, or N of them cannot be had.
     """
-    label, part = source.label, parts(source, fold, folds)
-    tiles = label_windows(source, label)
-
-    def cut(samples, name):
-        chosen = samples.take(torch.from_numpy(part == name)[samples.index[:, 0]])
-        if not chosen.labelled.any():
-            raise UserError(f"{source.path}: no sample with a label in the {name} part of this fold")
-        return chosen
-
-    train = cut(tiles, "train")
+    part, label = parts(source, fold, folds), source.label
     if labelled is not None:
-        least = source.outputs if source.task == "classification" else 1
-        most = int(train.labelled.sum())
-        if not least <= labelled <= most:
-            raise UserError(f"{source.path}: cannot keep {labelled} training labels; this fold takes "
-                            f"from {least} (one a class) to {most} (all there are)")
-        kept = train.take(choose_labelled(train, labelled, fold))
-        hidden = torch.from_numpy(part == "train")
-        hidden[kept.index[kept.keep]] = False
-        label = label.clone()
-        label[hidden] = -1 if label.ndim == 1 else NO_LABEL
-    if dense or labelled is not None:
-        train = cut(label_windows(source, label, dense), "train")
-    return Fold(train, cut(tiles, "val"), cut(tiles, "test"))
+        label = few_labels(source, torch.from_numpy(part == "train"), labelled, fold)
+
+    samples = []
+    for name in Fold._fields:
+        whole = label_windows(source, label, dense and name == "train")
+        samples.append(whole.take(torch.from_numpy(part == name)[whole.index[:, 0]]))
+        if not samples[-1].labelled.any():
+            raise UserError(f"{source.path}: no sample with a label in the {name} part of this fold")
+    return Fold(*samples)
 
 
-def choose_labelled(samples, number, fold):
-    """Indices of `number` labelled samples, each class in proportion and at least once.
+def few_labels(source, train, number, fold):
+    """The rows' labels, hidden in training rows but for `number` samples: each class in proportion,
+    and at least once. They are the first of one order that the fold alone decides, so that 20 of
+    them are among 60."""
+    samples = label_windows(source, source.label)
+    samples = samples.take(train[samples.index[:, 0]] & samples.labelled)
+    order = np.random.default_rng(fold).permutation(len(samples.label))
+    classes = source.outputs if source.task == "classification" else 1
+    if not classes <= number <= len(order):
+        raise UserError(f"{source.path}: cannot keep {number} training labels; this fold takes from "
+                        f"{classes} (one a class) to {len(order)} (all there are)")
 
-    They are the first of one order that the fold alone decides, so 20 of them are among 60.
-    """
-    order = np.random.default_rng(fold).permutation(np.flatnonzero(samples.labelled))
-    level = samples.label.numpy()[order] if samples.label.ndim == 1 else 0 * order
-    place = np.empty(len(order))  # where in the order, from 0 to 1
+    level = samples.label[order].numpy() if source.task == "classification" else 0 * order
+    place = np.empty(len(order))  # where in the order, from 0 to 1; the first of each class at 0
     for one in np.unique(level):
         rank = np.arange((level == one).sum())
         place[level == one] = np.where(rank == 0, 0, (rank + 0.5) / len(rank))
-    return torch.from_numpy(order[place.argsort(kind="stable")[:number]])
+    kept = samples.take(order[place.argsort(kind="stable")[:number]])
+
+    hidden, label = train.clone(), source.label.clone()
+    hidden[kept.index[kept.keep]] = False
+    label[hidden] = -1 if label.ndim == 1 else NO_LABEL
+    return label
 
 
 def parts(source, fold, folds="subjects"):
@@ -199,17 +194,11 @@ def parts(source, fold, folds="subjects"):
             raise UserError(f"{source.path}: has a split of its own; folds over clips need one without")
         group = windows(source.video, source.length)[1].nonzero()[:, 0].numpy()  # a row's sample
     groups = np.random.default_rng(0).permutation(np.unique(group))
-    if source.split is None:
-        if len(groups) < 5:
-            raise UserError(f"{source.path}: 5 folds need at least 5 groups (subjects), "
-                            f"found {len(groups)}")
-        test = np.isin(group, groups[fold - 1::5])
-    else:
-        test = source.split == "test"
+    test = np.isin(group, groups[fold - 1::5]) if source.split is None else source.split == "test"
     rest = groups[np.isin(groups, group[~test])]
-    if len(rest) < 2 or not test.any():
-        raise UserError(f"{source.path}: needs two training groups and a test part, has {len(rest)} "
-                        f"groups and {test.sum()} test rows")
+    if source.split is None and len(groups) < 5 or len(rest) < 2 or not test.any():
+        raise UserError(f"{source.path}: 5 folds need at least 5 groups (subjects), a split two to "
+                        f"train on and a test part; found {len(groups)} and {test.sum()} test rows")
     return np.where(test, "test", np.where(np.isin(group, rest[::8]), "val", "train"))
 
 
@@ -231,110 +220,161 @@ def scored(source, windows, output):
     return Scored(of_row[row], source.frame_label[frames].double(), row)
 
 
-def read_frames(paths, size):
-    """Decode, resize and stack face crops -> uint8 (3, F, size, size)."""
+def image_files(folder, prefix, first=0):
+    """Numbers and names of a folder's images, in order; UserError for a number below first."""
+    form = re.compile(prefix + r"(\d{5,9})\.(?:jpe?g|png)", re.IGNORECASE)
+    found = map(form.fullmatch, sorted(os.listdir(folder)) if folder.is_dir() else ())
+    names = dict(sorted((int(match[1]), match[0]) for match in found if match))
+    if min(names, default=first) < first:
+        raise UserError(f"{folder}: its images are numbered from 0, expected from 1; rename "
+                        "them, or say with --face-start (BioVid) when image 1 was taken")
+    return np.array([*names], int), np.array([*names.values()])
+
+
+def read_frames(folder, names, size):
+    """Decode images as a viewer shows them, resize and stack them -> uint8 (3, F, size, size)."""
     frames = []
-    for path in paths:
+    for name in names:
         try:
-            image = read_image(str(path), ImageReadMode.RGB)
-        except RuntimeError:
-            raise UserError(f"{path}: not a readable image; extract it again or delete it") from None
-        frames.append(resize(image, [size, size], antialias=True))
+            with Image.open(folder / name, formats=("JPEG", "PNG")) as file:
+                image = ImageOps.exif_transpose(file)
+            if image.mode not in ("RGB", "L", "P", "1", "CMYK") or "transparency" in image.info:
+                raise ValueError(f"{image.mode} pixels; save it with 8 bits and without alpha")
+            pixels = np.array(image.convert("RGB"))
+        except Exception as error:  # a damaged file makes Pillow raise any of a dozen kinds
+            raise UserError(f"{folder / name}: not a plain jpg or png ({error}); extract it again or "
+                            "delete it") from None
+        pixels = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
+        frames.append(resize(pixels, [size, size], antialias=True))
     return torch.stack(frames, 1)
 
 
-def find_folder(root, *names):
-    """The first of root/name that exists, or root/name/name as unzipping sometimes leaves it; None if there is none."""
-    return next((p for n in names for p in (root / n / n, root / n) if p.is_dir()), None)
+def read_table(path, delimiter, columns):
+    """The named columns of a text table as numbers, (rows, columns); it may have no row."""
+    try:
+        with open(path, encoding="utf-8-sig") as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "loadtxt: input contained no data")
+            header = [name.strip() for name in file.readline().split(delimiter)]
+            use = None if header == columns else [header.index(name) for name in columns]
+            return np.loadtxt(file, delimiter=delimiter, usecols=use, ndmin=2)
+    except ValueError as error:
+        raise UserError(f"{path}: not a table of numbers with a first line of names, among them "
+                        f"{' and '.join(columns)} ({error}); extract it again") from None
+
+
+def find_folder(root, *names, inside):
+    """The first of root/name that exists, or root/name/name as unzipping sometimes leaves it."""
+    for path in (path for name in names for path in (root / name / name, root / name)):
+        if path.is_dir():
+            return path
+    raise UserError(f"{root / names[0]}: expected a folder {names[0]}/{inside}")
+
+
+@contextmanager
+def noting(faults):
+    """What the user can mend in this block becomes a line in `faults`, and the block ends there."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        faults.append(str(error))
+
+
+def check_images(folder, prefix, faults):
+    """Notes each image of a folder that cannot be used."""
+    with noting(faults):
+        for name in image_files(folder, prefix)[1]:
+            with noting(faults):
+                read_frames(folder, [name], 8)
 
 
 class BioVid:
     """BioVid Heat Pain, parts A (privileged: EDA) and B (EMG). Section IV-A1.
 
-    root/faces/<subject>/<sample>/img_00001.jpg ..., root/biosignals_filtered/<subject>/<sample>_bio.csv. The label is
-    in the sample's name; 2 classes keep BL1 and PA4. A sample is the window 2.0-5.0 s, cut into `length` clips:
-    visual(row) -> uint8 (3, 10, size, size), privileged(row) -> float32 (1, 67, 127) when there is one clip.
-    `faults` lists what is wrong with the folders; reading a file that is wrong raises UserError.
+    root/faces/<subject>/<sample>/img_00001.jpg ...,
+    root/biosignals_filtered/<subject>/<sample>_bio.csv. The label is in the sample's name; 2 classes
+    keep BL1 and PA4. A sample is the window 2.0-5.0 s, cut into `length` clips: visual(row) -> uint8
+    (3, 10, size, size), privileged(row) -> float32 (1, 67, 127) when there is one clip. Image i lies
+    at face_start + (i - 1) / 25 seconds. `faults` lists what is wrong with the folders; reading a
+    file that is wrong raises UserError.
     """
     task, split = "classification", None
     LEVELS = ("BL1", "PA1", "PA2", "PA3", "PA4")
     COLUMN = {"biovid_a": "gsr", "biovid_b": "emg_corrugator"}
-    BEGIN, END, VIDEO_FPS, RATE, FRAMES = 2.0, 5.0, 25, 512, 10  # seconds, seconds, Hz, Hz, images a clip
+    BEGIN, END, VIDEO_FPS, RATE, FRAMES = 2.0, 5.0, 25, 512, 10  # s, s, Hz, Hz, images a clip
 
-    def __init__(self, root, dataset, classes=2, length=1, image_size=112, privileged=True):
-        self.path, self.column, self.length, self.image_size = Path(root), self.COLUMN[dataset], length, image_size
+    def __init__(self, root, dataset, classes=2, length=1, image_size=112, privileged=True,
+                 face_start=None):
+        self.path, self.column, self.length = Path(root), self.COLUMN[dataset], length
+        self.image_size, self.face_start = image_size, face_start
         levels = self.levels(classes)
         self.outputs, self.samples, self.faults, self.strays = len(levels), [], [], []
-        hint = f"BioVid is licence-gated, {ORIGIN['biovid']}; --synthetic runs without it"
-        faces = find_folder(self.path, "faces")
-        signals = find_folder(self.path, "biosignals_filtered", "biosignals_raw")
-        if faces is None:
-            self.faults.append(f"{self.path / 'faces'}: expected a folder "
-                               f"faces/<subject>/<sample>/img_00001.jpg; {hint}")
-        if privileged and signals is None:
-            self.faults.append(f"{self.path / 'biosignals_filtered'}: expected a folder "
-                               f"biosignals_filtered/<subject>/<sample>_bio.csv; {hint}")
-        if self.faults:
-            return
-        for folder in sorted(p for p in faces.glob("[!.]*/[!.]*") if p.is_dir()):
-            subject = folder.parent.name
-            match = re.fullmatch(r"\d{6}_[mw]_\d{2}-(BL1|PA[1-4])-\d{3}", folder.name)
-            csv = signals / subject / f"{folder.name}_bio.csv" if privileged else None
-            if not match or not folder.name.startswith(subject + "-"):
+        faces = find_folder(self.path, "faces", inside=f"<subject>/<sample>/img_00001.jpg; {BIOVID}")
+        if privileged:
+            signals = find_folder(self.path, "biosignals_filtered", "biosignals_raw",
+                                  inside=f"<subject>/<sample>_bio.csv; {BIOVID}")
+            self.strays = [f"{csv}: no face crops in {crops}; not used"
+                           for csv in sorted(signals.glob("[!._]*/[!.]*_bio.csv"))
+                           if not (crops := faces / csv.parent.name / csv.name[:-8]).is_dir()]
+
+        for folder in sorted(p for p in faces.glob("[!._]*/[!._]*") if p.is_dir()):
+            subject, sample = folder.parts[-2:]
+            match = re.fullmatch(r"(\d{6}_[mw]_\d\d)/\1-(BL1|PA[1-4])-\d{3}", f"{subject}/{sample}")
+            csv = signals / subject / f"{sample}_bio.csv" if privileged else None
+            if not match:
                 self.faults.append(f"{folder}: expected a name like 071309_w_21/071309_w_21-BL1-081; "
                                    "rename or remove it")
             elif csv and not csv.is_file():
-                self.faults.append(f"{csv}: missing, but its face crops are there; extract it again or remove {folder}")
-            elif match[1] in levels:
-                self.samples.append((folder, csv, levels.index(match[1])))
-        if privileged:
-            self.strays = [f"{p}: no face crops in {faces / p.parent.name / p.name[:-8]}; not used"
-                           for p in sorted(signals.glob("[!.]*/[!.]*_bio.csv"))
-                           if not (faces / p.parent.name / p.name[:-8]).is_dir()]
+                self.faults.append(f"{csv}: missing, but its face crops are there; extract it again "
+                                   f"or remove {folder}")
+            elif match[2] in levels:
+                self.samples.append((folder, csv, levels.index(match[2])))
         if not self.samples and not self.faults:
-            self.faults.append(f"{faces}: no sample of {', '.join(levels)} in it; expected <subject>/<sample>/; {hint}")
-        rows = [s for s in self.samples for _ in range(length)]
-        self.name = np.array([f"{s[0].name}/{i % length}" for i, s in enumerate(rows)])
-        self.group = np.array([s[0].parent.name for s in rows])
+            raise UserError(f"{faces}: no sample of {', '.join(levels)} in it; expected "
+                            f"<subject>/<sample>/; {BIOVID}")
+        if face_start is None:
+            with noting(self.faults):
+                expect_whole_videos([folder for folder, _, _ in self.samples], faces)
+
+        rows = [(sample, clip) for sample in self.samples for clip in range(length)]
+        self.name = np.array([f"{folder.name}/{clip}" for (folder, _, _), clip in rows])
+        self.group = np.array([folder.parent.name for (folder, _, _), _ in rows])
+        self.label = torch.tensor([level for (_, _, level), _ in rows])
         self.video = np.repeat(np.arange(len(self.samples)), length)
-        self.label = torch.tensor([s[2] for s in rows])
 
     @classmethod
     def levels(cls, classes):
         return cls.LEVELS if classes == 5 else ("BL1", "PA4")
 
+    def _clip(self, row):
+        """Its folder of images, its csv, and where it begins and ends."""
+        folder, csv, _ = self.samples[row // self.length]
+        return folder, csv, clip_span(row % self.length, self.length)
+
     def visual(self, row):
-        return read_frames(pain_frames(self.samples[row // self.length][0], *self._span(row)), self.image_size)
+        folder, _, span = self._clip(row)
+        return read_frames(folder, pain_frames(folder, *span, self.face_start), self.image_size)
 
     def privileged(self, row):
-        begin, end = self._span(row)
-        return pain_spectrogram(read_biosignal(self.samples[row // self.length][1], self.column, begin, end))
-
-    def _span(self, row):
-        return clip_span(row % self.length, self.length)
+        _, csv, span = self._clip(row)
+        return pain_spectrogram(read_biosignal(csv, self.column, *span))
 
     def check(self):
-        """Yields every fault inside the files, and what lies there unused; folders' faults are in `faults`."""
-        yield from self.strays
+        """Every fault inside the files, and what lies there unused; see also `faults`."""
+        faults = list(self.strays)
         for folder, csv, _ in tqdm(self.samples, disable=None):
-            yield from _faults(pain_frames, folder, self.BEGIN, self.END)
-            for image in folder.glob("*.jpg"):
-                yield from _faults(read_frames, [image], 8)
-            yield from _faults(read_biosignal, csv, self.column, self.BEGIN, self.END)
+            with noting(faults):
+                pain_frames(folder, self.BEGIN, self.END, self.face_start)
+            check_images(folder, "img_", faults)
+            with noting(faults):
+                read_biosignal(csv, self.column, self.BEGIN, self.END)
+        return faults
 
     def describe(self):
-        frames = sum(len(os.listdir(s[0])) for s in self.samples)
-        classes = ", ".join(f"{n} {int((self.label == i).sum())}"
-                            for i, n in enumerate(self.levels(self.outputs)))
-        return f"{len(set(self.group))} subjects, {len(self.samples)} samples, {frames} frames, classes {classes}"
-
-
-def _faults(read, *args):
-    """The fault of one read, if any, as `check` lists it."""
-    try:
-        read(*args)
-    except UserError as error:
-        yield str(error)
+        frames = sum(len(image_files(s[0], "img_")[0]) for s in self.samples)
+        classes = ", ".join(f"{name} {int((self.label == i).sum())}"
+                            for i, name in enumerate(self.levels(self.outputs)))
+        return (f"{len(set(self.group))} subjects, {len(self.samples)} samples, {frames} frames, "
+                f"classes {classes}")
 
 
 def clip_span(clip, length):
@@ -343,217 +383,236 @@ def clip_span(clip, length):
     return BioVid.BEGIN + clip * seconds, BioVid.BEGIN + (clip + 1) * seconds
 
 
-def image_numbers(folder, pattern):
-    """The sorted numbers of a folder's images, by a pattern with one group of digits."""
-    return np.array(sorted(int(m[1]) for m in map(re.compile(pattern).fullmatch, os.listdir(folder)) if m), int)
+def expect_whole_videos(folders, where):
+    """Raises UserError if no folder has images beyond 3.2 s: they are cut, and do not begin at 0 s."""
+    last = 0
+    for folder in folders:
+        last = image_files(folder, "img_")[0].max(initial=last)
+        if last > 80:
+            return
+    if last:
+        raise UserError(f"{where}: no image beyond number 80, expected some 138 from 0 to 5.5 s; say "
+                        "with --face-start at which second image 1 lies (2 if cut to 2-5 s)")
 
 
-def pain_frames(folder, begin, end):
-    """BioVid.FRAMES equally spaced ones of the images there from begin to end seconds; image i is at (i - 1) / 25 s.
+def pain_frames(folder, begin, end, face_start=None):
+    """Names of BioVid.FRAMES equally spaced ones of the images from begin to end seconds.
 
-    A clip without an image takes the one of the sample's window that is nearest to its middle.
+    Image 1 lies at face_start, 0 s by default. A clip without an image takes the one of the sample's
+    window that is nearest to its middle.
     """
-    numbers = image_numbers(folder, r"img_(\d{5})\.jpg")
-    seconds = (numbers - 1) / BioVid.VIDEO_FPS
-    window, clip = (numbers[(seconds >= a) & (seconds < b)] for a, b in ((BioVid.BEGIN, BioVid.END), (begin, end)))
+    numbers, names = image_files(folder, "img_", first=face_start is None)
+    seconds = (face_start or 0) + (numbers - 1) / BioVid.VIDEO_FPS
+    window, clip = (np.flatnonzero((seconds >= a) & (seconds < b))
+                    for a, b in ((BioVid.BEGIN, BioVid.END), (begin, end)))
     if len(window) == 0:
-        raise UserError(f"{folder}: no face img_<5 digits>.jpg between {BioVid.BEGIN:g} and {BioVid.END:g} s; "
-                        "extract its crops again or remove the folder")
-    middle = 1 + (begin + end) / 2 * BioVid.VIDEO_FPS
-    present = clip if len(clip) else window[[np.abs(window - middle).argmin()]]
-    chosen = present[np.linspace(0, len(present) - 1, BioVid.FRAMES).round().astype(int)]
-    return [folder / f"img_{i:05d}.jpg" for i in chosen]
+        raise UserError(f"{folder}: no face img_<5 digits>.jpg between {BioVid.BEGIN:g} and "
+                        f"{BioVid.END:g} s; extract its crops again or remove the folder")
+    if len(clip) == 0:
+        clip = window[[np.abs(seconds[window] - (begin + end) / 2).argmin()]]
+    return names[clip[np.linspace(0, len(clip) - 1, BioVid.FRAMES).round().astype(int)]]
 
 
 def read_biosignal(path, column, begin, end):
-    """One column of a BioVid csv from `begin` s on, (end - begin) * 512 values. Rows are found by time, in us."""
-    count = round((end - begin) * BioVid.RATE)
-    try:
-        with open(path) as file:
-            header = [name.strip() for name in file.readline().split("\t")]
-            if "time" not in header or column not in header:
-                raise UserError(f"{path}: no column {column if 'time' in header else 'time'!r} among {header}; "
-                                "a tab-separated BioVid file is expected")
-            time, values = _read_table(file, "\t", [header.index("time"), header.index(column)]).T
-    except (UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not a table of numbers ({error}); extract it again") from None
-    start = np.searchsorted(time, begin * 1e6)
-    values = values[start:start + count]
-    late = len(values) == count and time[start + count - 1] > end * 1e6 + 2e6 / BioVid.RATE  # rows are missing
-    if len(values) < count or late or not np.isfinite(values).all():
-        raise UserError(f"{path}: expected {count} finite values of {column} between {begin:g} and {end:g} s; "
-                        "extract it again or remove the sample")
+    """One column of a BioVid csv from `begin` s on: (end - begin) * 512 values, found by their time."""
+    count, slack = round((end - begin) * BioVid.RATE), 2e6 / BioVid.RATE  # two rows, in microseconds
+    time, values = read_table(path, "\t", ["time", column]).T
+    rows = np.flatnonzero(time >= begin * 1e6)[:count]
+    time, values = time[rows], values[rows]
+    if (len(rows) < count or not np.isfinite(values).all() or not (time[1:] > time[:-1]).all()
+            or max(time[0] - begin * 1e6, abs(time[-1] - end * 1e6)) > slack):
+        raise UserError(f"{path}: expected {count} finite values of {column} between {begin:g} and "
+                        f"{end:g} s, {BioVid.RATE} a second in rising time; extract it again or "
+                        "remove the sample")
     return values
 
 
-def _read_table(file, delimiter, columns=None):
-    """The numbers that are left in an open text file, (rows, columns); none of them is for the caller to notice."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "loadtxt: input contained no data")
-        return np.loadtxt(file, delimiter=delimiter, usecols=columns, ndmin=2)
-
-
 def pain_spectrogram(values):
-    """Log power of 512 Hz values -> float32 (1, 67, frames); 3 s give the paper's 67 x 127. Section IV-B1.
+    """Log power of 512 Hz values -> float32 (1, 67, frames); 3 s give the paper's 67 x 127. IV-B1.
 
-    No detrending: an EDA response is slow, and removing each 31 ms segment's mean would remove it. [ours]
+    No detrending: an EDA response is slow, and removing each 31 ms segment's mean would remove it.
+    [ours]
     """
-    _, _, power = spectrogram(values, fs=BioVid.RATE, nperseg=16, noverlap=4, nfft=132, detrend=False)
+    _, _, power = spectrogram(values, fs=BioVid.RATE, nperseg=16, noverlap=4, nfft=132,
+                              detrend=False)
     return torch.from_numpy(np.log(power + 1e-10)[None]).float()
 
 
 class Affwild2:
-    """Affwild2 as ABAW distributes it for valence and arousal; privileged: audio. Section IV-A, IV-B2.
+    """Affwild2 as ABAW distributes it for valence and arousal; privileged: audio. IV-A, IV-B2.
 
-    root/cropped_aligned/<video>/00001.jpg ..., root/annotations/VA_Estimation_Challenge/{Train_Set,Validation_Set}/
-    <video>.txt, root/audio/<video without _left/_right>.wav, optional root/fps.txt. A row is a clip of 32 frames; clips
-    tile the video, the last one aligned to its end. visual(row) -> uint8 (3, 8, size, size), privileged(row) -> float32
-    (1, 64, 107), label = its last frame's. frame_label (T, 2) and frame_row (T,) hold each valid frame of the data
-    set once, with the row whose prediction holds for it.
+    root/cropped_aligned/<video>/00001.jpg ...,
+    root/annotations/VA_Estimation_Challenge/{Train_Set,Validation_Set}/<video>.txt,
+    root/audio/<video without _left/_right>.wav, optional root/fps.txt. A row is a clip of 32 frames;
+    clips tile the video, the last one aligned to its end. visual(row) -> uint8 (3, 8, size, size),
+    privileged(row) -> float32 (1, 64, 107), label = its last frame's. frame_label (T, 2) and
+    frame_row (T,) hold each labelled frame of the data set once, with the row whose prediction holds
+    for it.
     """
     task, outputs = "regression", 2
     CLIP, EVERY, LENGTH = 32, 4, 8
 
     def __init__(self, root, length=LENGTH, image_size=112, privileged=True):
-        self.path, self.length, self.image_size, self.faults = Path(root), length, image_size, []
-        self.wavs, self.folders, self.strays = {}, {}, []
-        hint = f"Affwild2 is licence-gated, {ORIGIN['affwild2']}; --synthetic runs without it"
-        crops = find_folder(self.path, "cropped_aligned")
-        annotations = find_folder(self.path, "annotations") or self.path
-        sets = sorted(p.parent for level in ("", "*/") for name in ("VA_Estimation_Challenge", "VA_Set")
-                      for p in annotations.glob(f"{level}{name}/Train_Set"))
-        if crops is None:
-            self.faults.append(f"{self.path / 'cropped_aligned'}: expected a folder "
-                               f"cropped_aligned/<video>/00001.jpg; {hint}")
-        if not sets:
-            self.faults.append(f"{self.path / 'annotations'}: expected a folder VA_Estimation_Challenge/"
-                               f"Train_Set/<video>.txt in it; {hint}")
-        if self.faults:
-            return
-        self.fps = {}
-        self.faults += _faults(self._read_fps)
-        files = {p.stem: (p, split) for split, name in (("train", "Train_Set"), ("test", "Validation_Set"))
-                 for p in sorted((sets[-1] / name).glob("[!.]*.txt"))}  # sets[-1]: the later ABAW edition
-        self.strays = [f"{p}: crops without an annotation file in {sets[-1]}; not used"
-                       for p in sorted(crops.iterdir()) if p.is_dir() and p.name not in files]
-        rows, frames = [], []  # (video, split, first frame, images, label) and (labels, row) of each video
-        for video, (path, split) in files.items():
-            try:
-                label, present = self._read_video(path, crops / video, privileged)
-            except UserError as error:
-                self.faults.append(str(error))
-                continue
-            clips = list(affect_clips(len(label), present))
-            first_row = len(rows)
-            rows += [(video, split, begin, images, label[begin + self.CLIP - 1]) for begin, images in clips]
-            frames.append((label, first_row + self._nearest([begin for begin, _ in clips], len(label))))
+        self.path, self.length, self.image_size = Path(root), length, image_size
+        self.faults, self.fps = [], {}
+        crops, annotations = self._find_crops(), self._find_annotations()
+
+        sets = {}  # video: (annotation file, split)
+        for split, name in (("train", "Train_Set"), ("test", "Validation_Set")):
+            for path in sorted((annotations / name).glob("[!.]*.txt")):
+                if path.stem in sets:
+                    self.faults.append(f"{path}: is in Train_Set, too; a video belongs to one set: "
+                                       "remove one of the files")
+                sets[path.stem] = path, split
+        with noting(self.faults):
+            self._read_fps({sound_name(video) for video in (*sets, *crops)})
+        self.strays = [f"{path}: crops without an annotation file in {annotations}; not used"
+                       for video, path in crops.items() if video not in sets]
+
+        self.folders, rows, frames = crops, [], []
+        for video, (path, split) in sets.items():
+            with noting(self.faults):
+                folder = crops.setdefault(video, self.path / "cropped_aligned" / video)
+                label = read_annotation(path)
+                clips = affect_clips(folder, len(label))
+                if privileged:
+                    self._check_sound(video, len(label))
+                nearest = nearest_clip([end for end, _ in clips], len(label))
+                frames.append((label, len(rows) + nearest))
+                rows += [(video, split, end, images, label[end - 1]) for end, images in clips]
         if not rows:
-            self.faults = self.faults or [f"{sets[-1]}: no <video>.txt in Train_Set or Validation_Set; {hint}"]
+            self.faults.append(f"{annotations}: nothing that can be used in Train_Set and "
+                               f"Validation_Set; {AFFWILD2}")
             return
-        video, split, begin, images, label = zip(*rows, strict=True)
-        self.video, self.split, self.begin, self.images = map(np.array, (video, split, begin, images))
-        self.name = np.array([f"{v}/{b + self.CLIP:05d}" for v, b in zip(video, begin, strict=True)])
+
+        video, split, end, images, label = zip(*rows, strict=True)
+        self.video, self.split, self.end, self.images = map(np.array, (video, split, end, images))
+        self.name = np.array([f"{row[0]}/{row[2]:05d}" for row in rows])
         self.group = np.array([sound_name(v) for v in video])
         self.label = torch.from_numpy(np.stack(label))
         label, row = (torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
         known = label.isfinite().all(1)
         self.frame_label, self.frame_row = label[known], row[known]
 
-    def _read_fps(self):
-        path = self.path / "fps.txt"
+    def _find_crops(self):
+        """{video: folder of its images}; the archives unpack to one level or two, in several parts."""
+        find_folder(self.path, "cropped_aligned", inside=f"<video>/00001.jpg; {AFFWILD2}")
+        crops = {}
+        for path in sorted(path for level in ("*", "batch*/*", "cropped_aligned*/*")
+                           for path in self.path.glob(f"cropped_aligned*/{level}")):
+            if not path.is_dir() or re.match(r"[._]|batch\d*$|cropped_aligned", path.name):
+                continue
+            if crops.setdefault(path.name, path) != path:
+                self.faults.append(f"{path}: the same video as {crops[path.name]}; keep one of them")
+        return crops
+
+    def _find_annotations(self):
+        sets = [str(path.parent) for level in ("", "*/", "*/*/", "annotations/annotations/*/")
+                for name in ("VA_Estimation_Challenge", "VA_Set")
+                for path in sorted(self.path.glob(f"{level}{name}/Train_Set"))
+                if "__MACOSX" not in path.parts]
+        if len(sets) != 1:
+            raise UserError(f"{self.path / 'annotations'}: expected one edition of ABAW's "
+                            "VA_Estimation_Challenge/Train_Set/<video>.txt in it, found "
+                            f"{' and '.join(sets) or 'none'}; keep one there. {AFFWILD2}")
+        return Path(sets[0])
+
+    def _read_fps(self, known):
+        """Frame rates from fps.txt, by the video that a name is of, with or without its ending."""
+        path, line = self.path / "fps.txt", ""
+        if not path.exists():
+            return
         try:
-            lines = path.read_text().splitlines() if path.exists() else []
-            self.fps = {video: float(fps) for video, fps in (line.split() for line in lines if line.strip())}
-            if not all(0 < fps < math.inf for fps in self.fps.values()):
-                raise ValueError
-        except ValueError:
-            self.fps = {}
-            raise UserError(f"{path}: expected lines '<video> <frames per second>', above 0") from None
+            for line in filter(str.strip, path.read_text(encoding="utf-8-sig").splitlines()):
+                name, rate = line.rsplit(None, 1)
+                over, _, under = rate.partition("/")  # 30000/1001
+                rate = float(over) / float(under or 1)
+                name = sound_name(re.sub(r"\.(mp4|avi|mov|mkv|webm)$", "", name.strip(), flags=re.I))
+                if not 1 <= rate <= 1000 or name not in known or self.fps.get(name, rate) != rate:
+                    raise ValueError
+                self.fps[name] = rate
+        except (ValueError, ZeroDivisionError):
+            raise UserError(f"{path}: expected lines '<video> <frames per second>', one a video that "
+                            f"is there, not {line[:60]!r}") from None
 
-    def _read_video(self, annotation, crops, privileged):
-        """Labels (T, 2) and the sorted numbers of the images there; raises UserError at the first fault."""
-        label = read_annotation(annotation)
-        if len(label) < self.CLIP:
-            raise UserError(f"{annotation}: {len(label)} frames, shorter than a clip of {self.CLIP}; remove the file")
-        if not crops.is_dir():
-            raise UserError(f"{crops}: missing, but {annotation} is there; extract the crops or remove the annotation")
-        present = image_numbers(crops, r"(\d{5})\.jpg")
-        beyond, present = present[present > len(label) + 2], present[present <= len(label)]
-        if len(beyond):
-            raise UserError(f"{crops}: image {beyond[-1]:05d}.jpg, but {annotation} has {len(label)} rows; "
-                            "they are not of the same video")
-        if len(present) == 0:
-            raise UserError(f"{crops}: no image <5 digits>.jpg in it; extract it again or remove {annotation}")
-        video, wav = annotation.stem, self.path / "audio" / f"{sound_name(annotation.stem)}.wav"
-        if privileged:
-            rate, sound = read_wav(wav)
-            seconds, needed = len(sound) / rate, len(label) / self.fps.get(video, 30)
-            if seconds < needed - 1:  # within a second it is rounding of frame rates, and silence fills it
-                raise UserError(f"{wav}: {seconds:.1f} s of sound for {needed:.1f} s of {video}; "
-                                "extract it again or give the frame rate in fps.txt")
-        self.wavs[video], self.folders[video] = wav, crops
-        return label, present
+    def _check_sound(self, video, frames):
+        rate, sound = read_wav(self.wav(video))
+        seconds, needed = len(sound) / rate, frames / self.rate(video)
+        if seconds < needed - 1:  # within a second: roundings of the rate; silence fills it
+            raise UserError(f"{self.wav(video)}: {seconds:.1f} s of sound for {needed:.1f} s of "
+                            f"{video}; extract it again or give the frame rate in fps.txt")
 
-    def _nearest(self, begins, frames):
-        """Which clip predicts each frame: the first that covers it, or where that was dropped the nearest one."""
-        begins, t = np.array(begins), np.arange(frames)
-        clip = np.searchsorted(begins + self.CLIP, t, side="right").clip(max=len(begins) - 1)
-        before = (clip - 1).clip(min=0)
-        gap = np.maximum(begins[clip] - t, 0)  # 0 where the clip covers the frame
-        return np.where(t - (begins[before] + self.CLIP - 1) < gap, before, clip) if len(begins) > 1 else clip
+    def wav(self, video):
+        return self.path / "audio" / f"{sound_name(video)}.wav"
+
+    def rate(self, video):
+        return self.fps.get(sound_name(video), 30)
 
     def visual(self, row):
-        folder = self.folders[self.video[row]]
-        return read_frames([folder / f"{i:05d}.jpg" for i in self.images[row]], self.image_size)
+        return read_frames(self.folders[self.video[row]], self.images[row], self.image_size)
 
     def privileged(self, row):
         video = self.video[row]
-        end = (self.begin[row] + self.CLIP) / self.fps.get(video, 30)
-        return log_mel(read_sound(self.wavs[video], end))
+        return log_mel(read_sound(self.wav(video), self.end[row] / self.rate(video)))
 
     def check(self):
-        yield from self.strays
+        """Every fault inside the files, and what lies there unused; see also `faults`."""
+        faults = list(self.strays)
         for row in tqdm(range(len(self.name)), disable=None):
-            yield from _faults(self.privileged, row)
-        for folder in tqdm(self.folders.values(), disable=None):
-            for image in folder.glob("*.jpg"):
-                yield from _faults(read_frames, [image], 8)
+            with noting(faults):
+                self.privileged(row)
+        for video in tqdm(dict.fromkeys(self.video), disable=None):
+            check_images(self.folders[video], "", faults)
+        return faults
 
     def describe(self):
         return ", ".join(f"{part}: {len(set(self.video[self.split == part]))} videos, "
                          f"{(self.split == part).sum()} clips, "
-                         f"{(self.split[self.frame_row] == part).sum()} valid frames" for part in ("train", "test"))
+                         f"{(self.split[self.frame_row] == part).sum()} valid frames"
+                         for part in ("train", "test"))
 
 
-def affect_clips(frames, present):
-    """(first frame, numbers of its 8 images) of each clip that has an image; a missing one repeats the nearest."""
-    last = frames - Affwild2.CLIP
-    for begin in [*range(0, last, Affwild2.CLIP), last]:
-        near = present[(present > begin) & (present <= begin + Affwild2.CLIP)]  # image numbers start at 1
-        if len(near):
-            wanted = begin + np.arange(Affwild2.EVERY, Affwild2.CLIP + 1, Affwild2.EVERY)  # the last one is labelled
-            yield begin, near[np.abs(near[None] - wanted[:, None]).argmin(1)]
+def affect_clips(folder, frames=None):
+    """Number of the last frame and names of the 8 images of each clip that has an image.
+
+    frames: how many the video has, up to its last image if None. The nearest image of the clip
+    stands in for a missing one.
+    """
+    numbers, names = image_files(folder, "", first=1)
+    last = numbers.max(initial=0)
+    frames = last if frames is None else frames
+    if last > frames + 2:
+        raise UserError(f"{folder}: image {last:05d}, but its annotation has {frames} rows; they are "
+                        "not of the same video")
+    clips = []
+    for end in [*range(Affwild2.CLIP, frames, Affwild2.CLIP), frames]:
+        near = (numbers > end - Affwild2.CLIP) & (numbers <= end)
+        if near.any():
+            wanted = end - np.arange(Affwild2.CLIP - Affwild2.EVERY, -1, -Affwild2.EVERY)
+            gap = np.abs(numbers[near] - wanted[:, None])  # (8, images)
+            clips.append((end, names[near][gap.argmin(1)]))
+    if not clips or frames < Affwild2.CLIP:
+        raise UserError(f"{folder}: {len(names)} images <5 digits>.jpg of {frames} frames, a clip is "
+                        f"{Affwild2.CLIP}; extract it again or remove it and its annotation")
+    return clips
+
+
+def nearest_clip(ends, frames):
+    """Which clip predicts each frame: the first that covers it, else (dropped) the nearest one."""
+    ends = np.array(ends)
+    between = (ends[:-1] + ends[1:] - Affwild2.CLIP + 1) // 2
+    return np.searchsorted(np.maximum(ends[:-1], between), np.arange(1, frames + 1))
 
 
 def sound_name(video):
-    """Two faces of one video, <video>_left and <video>_right, share its sound, and stay in one group."""
+    """Two faces of a video, <video>_left and <video>_right, share its sound and stay in one group."""
     return re.sub("_(left|right)$", "", video)
 
 
 def read_annotation(path):
     """Affwild2's file -> float32 (T, 2); a row with -5 in either place has no label: NaN."""
-    try:
-        with open(path) as file:
-            if file.readline().replace(" ", "").strip() != "valence,arousal":
-                raise UserError(f"{path}: its first line should be 'valence,arousal'")
-            label = _read_table(file, ",").astype(np.float32)
-    except (UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not pairs of numbers ({error}); extract it again") from None
-    if label.size == 0 or label.shape[1] != 2 or not ((np.abs(label) <= 1) | (label == INVALID)).all():
+    label = read_table(path, ",", ["valence", "arousal"]).astype(np.float32)
+    if label.shape[1:] != (2,) or not ((np.abs(label) <= 1) | (label == INVALID)).all():
         raise UserError(f"{path}: expected two values a row, in [-1, 1] or -5; extract it again")
     label[(label == INVALID).any(1)] = NO_LABEL
     return label
@@ -561,18 +620,18 @@ def read_annotation(path):
 
 def read_wav(path):
     """Sample rate and samples of a wav, (n,) or (n, channels), mapped rather than read."""
-    if not path.is_file():
-        raise UserError(f"{path}: missing; make it with ffmpeg -i <video>.mp4 -ac 1 -ar 44100 {path.name}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks of metadata
             rate, sound = wavfile.read(path, mmap=True)
-    except (ValueError, EOFError, struct.error) as error:
-        raise UserError(f"{path}: not a readable wav ({error}); make it again with ffmpeg -ac 1 -ar 44100") from None
-    fine = sound.dtype in (np.int16, np.int32, np.float32, np.float64)
-    if sound.size == 0 or not fine:
-        what = f"{sound.dtype} samples, expected int16, int32 or float" if sound.size else "empty"
-        raise UserError(f"{path}: {what}; make it again with ffmpeg -ac 1 -ar 44100")
+        kinds = (np.int16, np.int32, np.float32, np.float64)
+        if sound.size == 0 or sound.dtype not in kinds or not 1000 <= rate <= 200000:
+            raise ValueError(f"{sound.size} samples of {sound.dtype} at {rate} Hz")
+    except Exception as error:  # a damaged header makes scipy raise any of a dozen kinds
+        raise UserError(f"{path}: missing or not a wav that can be used ({error}); make it with "
+                        f"ffmpeg -i <video>.mp4 -ac 1 -ar {SOUND_RATE} {path.name}, or for a silent "
+                        f"video ffmpeg -f lavfi -i anullsrc -ac 1 -ar {SOUND_RATE} -t <seconds> "
+                        f"{path.name}") from None
     return rate, sound
 
 
@@ -580,158 +639,170 @@ SOUND_RATE, SOUND_SAMPLES = 44100, 47040  # 1.067 s: a clip's 32 frames at 30 fp
 
 
 def read_sound(path, end):
-    """The SOUND_SAMPLES mono samples at 44.1 kHz that end at `end` seconds, zeros outside the file -> float32."""
+    """SOUND_SAMPLES mono samples at 44.1 kHz that end at `end` s, zeros outside the file -> float32."""
     rate, sound = read_wav(path)
     stop = round(end * rate)
     start = stop - math.ceil(SOUND_SAMPLES * rate / SOUND_RATE)
     piece = np.asarray(sound[max(start, 0):stop])
-    if np.issubdtype(piece.dtype, np.integer):
+    if piece.dtype.kind == "i":
         piece = piece / -float(np.iinfo(piece.dtype).min)
     if not np.isfinite(piece).all():
-        raise UserError(f"{path}: holds NaN or infinity before {end:.2f} s; make it again with ffmpeg -ac 1 -ar 44100")
+        raise UserError(f"{path}: holds NaN or infinity before {end:.2f} s; make it again with ffmpeg "
+                        f"-ac 1 -ar {SOUND_RATE}")
     piece = piece.mean(1) if piece.ndim == 2 else piece
     piece = np.pad(piece, (max(-start, 0), stop - max(start, 0) - len(piece)))
-    if rate != SOUND_RATE:
-        divisor = math.gcd(rate, SOUND_RATE)
-        piece = resample_poly(piece, SOUND_RATE // divisor, rate // divisor)
+    divisor = math.gcd(rate, SOUND_RATE)
+    piece = resample_poly(piece, SOUND_RATE // divisor, rate // divisor)
     return piece[-SOUND_SAMPLES:].astype(np.float32)
 
 
 @cache
-def mel_filters(bins=513, mels=64, rate=SOUND_RATE):
-    """(mels, bins): triangles of height 1, evenly spaced from 0 to rate / 2 on the scale 2595 log10(1 + f / 700)."""
-    corners = np.linspace(0, 2595 * np.log10(1 + rate / 2 / 700), mels + 2)
+def mel_filters():
+    """(64, 513): triangles of height 1, evenly spaced up to half the rate in 2595 log10(1 + f / 700)."""
+    top = SOUND_RATE / 2
+    corners = np.linspace(0, 2595 * np.log10(1 + top / 700), 64 + 2)
     corners = 700 * (10 ** (corners / 2595) - 1)[:, None]  # Hz
-    f = np.linspace(0, rate / 2, bins)
+    f = np.linspace(0, top, 513)
     rise = (f - corners[:-2]) / (corners[1:-1] - corners[:-2])
     fall = (corners[2:] - f) / (corners[2:] - corners[1:-1])
     return torch.from_numpy(np.minimum(rise, fall).clip(0)).float()
 
 
 def log_mel(sound):
-    """47,040 samples at 44.1 kHz -> float32 (1, 64, 107) dB, floor 80 dB below the maximum. Section IV-B2."""
+    """47,040 samples at 44.1 kHz -> float32 (1, 64, 107) dB, floor 80 dB below the maximum. IV-B2."""
     spectrum = torch.stft(torch.from_numpy(sound), n_fft=1024, hop_length=441, win_length=882,
-                          window=torch.hann_window(882), pad_mode="constant", return_complex=True)  # (513, 107)
-    db = 10 * (mel_filters() @ spectrum.abs().square()).clamp_min(1e-10).log10()
+                          window=torch.hann_window(882), pad_mode="constant", return_complex=True)
+    db = 10 * (mel_filters() @ spectrum.abs().square()).clamp_min(1e-10).log10()  # (64, 107)
     return db.clamp_min(db.max() - 80)[None]
 
 
 class Faces:
-    """Face crops alone, for prediction: a folder of images named as in the data set, or a folder of such folders."""
+    """Face crops alone, for prediction: every folder with images in `folder`, itself included.
 
-    def __init__(self, folder, dataset, length, image_size):
-        self.path, self.image_size, self.length = Path(folder), image_size, length
-        self.faults = []
-        if not self.path.is_dir():
-            raise UserError(f"{folder}: no such folder; expected face crops, named as in {dataset}")
-        clips = []  # (name, images)
-        for one in sorted({p.parent for p in self.path.glob("**/*.jpg")}):
-            try:
-                clips += self._clips(one, dataset)
-            except UserError as error:
-                self.faults.append(str(error))
-        if not clips:
-            raise UserError(self.faults[0] if self.faults else f"{folder}: no .jpg in it; expected face crops, named as in {dataset}")
-        self.video, last, self.images = zip(*clips, strict=True)
-        self.video = np.array([v.name if v == self.path else str(v.relative_to(self.path)) for v in self.video])
-        self.name = [f"{v}/{i:05d}" for v, i in zip(self.video, last, strict=True)]
+    Images are named as in the data set. `video` and `name` say what a row is of; `faults` has a line
+    for each folder whose images cannot be used. UserError if there is nothing that can.
+    """
 
-    def _clips(self, folder, dataset):
-        """(folder, name of the clip, its images) of each clip in a folder."""
-        if dataset != "affwild2":
-            return [(folder, clip, pain_frames(folder, *clip_span(clip, self.length)))
-                    for clip in range(self.length)]
-        present = image_numbers(folder, r"(\d{5})\.jpg")
-        frames = max(present, default=0)
-        if frames < Affwild2.CLIP:
-            raise UserError(f"{folder}: {frames} frames, shorter than a clip of {Affwild2.CLIP}")
-        return [(folder, begin + Affwild2.CLIP, [folder / f"{i:05d}.jpg" for i in images])
-                for begin, images in affect_clips(frames, present)]
+    def __init__(self, folder, dataset, length, image_size, face_start=None):
+        self.path, self.length, self.image_size = Path(folder), length, image_size
+        folders = list(image_folders(self.path)) if self.path.is_dir() else []
+        if dataset != "affwild2" and face_start is None:
+            expect_whole_videos(folders, folder)
+
+        self.faults, rows = [], []  # rows: (video, name, (folder, names of its images))
+        for one in folders:
+            video = str(one.relative_to(self.path)) if one != self.path else one.resolve().name
+            with noting(self.faults):
+                clips = affect_clips(one) if dataset == "affwild2" else [
+                    (clip, pain_frames(one, *clip_span(clip, length), face_start))
+                    for clip in range(length)]
+                rows += [(video, f"{video}/{number:05d}", (one, names)) for number, names in clips]
+        if not rows:
+            raise UserError((self.faults or [f"{folder}: no images there; expected face crops (jpg or "
+                                             f"png), named as in {dataset}"])[0])
+        video, name, self.images = zip(*rows, strict=True)
+        self.video, self.name = np.array(video), np.array(name)
 
     def visual(self, row):
-        return read_frames(self.images[row], self.image_size)
+        return read_frames(*self.images[row], self.image_size)
+
+
+def image_folders(folder, above=()):
+    """The folder and those below it that hold images of any kind or name; links are followed."""
+    real = folder.resolve()
+    if real in above:  # a link to a folder that it lies in
+        return
+    inside = sorted(p for p in folder.iterdir() if not re.match(r"\.|__MACOSX", p.name))
+    if any(re.search(r"\.(jpe?g|png|bmp|gif|tiff?|webp)$", p.name, re.I) for p in inside):
+        yield folder
+    for path in inside:
+        if path.is_dir():
+            yield from image_folders(path, (*above, real))
 
 
 class Features:
-    """A features file (.npz): visual (N, L, Dv), privileged (N, L, Dp); label int (N,), or float (N, 2) or (N, L, 2).
+    """A features file (.npz): visual (N, L, Dv), privileged (N, L, Dp) and label.
 
-    Optional: group, split ("train" or "test"), name, all (N,); and, as stage 2 writes them, video (N,) and the labels
-    frame_label (T, 2) of single frames with frame_row (T,), the row whose prediction holds for the frame.
-    `rows["visual"]` and `rows["privileged"]` are the (N * L, D) tensors. Raises UserError for whatever does not fit.
+    label: int (N,), -1 where there is none; or float (N, 2) or (N, L, 2), valence and arousal, -5
+    where there is none. Optional: group, split ("train" or "test") and name, all (N,); with L = 1
+    also video (N,), whose consecutive samples are a sequence; and, as stage 2 writes them, the labels
+    frame_label (T, 2) of single frames with frame_row (T,), the row whose prediction holds for it.
+    `rows["visual"]` and `rows["privileged"]` are the (N * L, D) tensors. length: rows a window, L if
+    None. Raises UserError for whatever does not fit.
     """
 
     faults = ()
 
     def __init__(self, path, length=None, privileged=True, labelled=True):
-        self.path = Path(path)
-        want = "expected a features file (.npz) with visual (N, L, Dv), privileged (N, L, Dp) and label"
-        if not self.path.is_file():
-            raise UserError(f"{path}: no such file; {want}")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                skip = () if privileged else ("privileged",)
-                arrays = {key: file[key] for key in file.files if key not in skip}
-        except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError):
-            raise UserError(f"{path}: cannot be read: not an .npz, damaged, or of pickled objects; {want}") from None
+        self.path, self.rows = Path(path), {}
         modalities = ("visual", "privileged") if privileged else ("visual",)
-        for key in (*modalities, "label") if labelled else modalities:
-            if key not in arrays:
-                raise UserError(f"{path}: no array {key!r} in it, only {sorted(arrays)}; {want}")
-        count, clips = arrays["visual"].shape[:2] if arrays["visual"].ndim == 3 else (0, 0)
-        self.length = length or clips
+        needed = (*modalities, "label") if labelled else modalities
+        arrays = read_arrays(path, needed, () if privileged else ("privileged",))
+        count, clips = (*arrays["visual"].shape, 0, 0)[:2]
         for key in modalities:
-            if arrays[key].ndim != 3 or arrays[key].shape[:2] != (count, clips) or arrays[key].size == 0:
-                raise UserError(f"{path}: {key} is {arrays[key].shape}; {want}")
-            if arrays[key].dtype.kind != "f":
-                raise UserError(f"{path}: {key} is {arrays[key].dtype}; write finite float32 values")
-        self.rows = {key: torch.from_numpy(arrays[key]).float().flatten(0, 1) for key in modalities}
-        for key, rows in self.rows.items():
-            if not torch.isfinite(rows).all():
-                raise UserError(f"{path}: {key} holds NaN or infinity; write finite float32 values")
-        if labelled:
-            self._label(arrays["label"], count, clips)
-        for key in ("group", "split", "name", "video"):
-            if key in arrays and (arrays[key].shape != (count,)):
-                raise UserError(f"{path}: {key} is {arrays[key].shape}, expected one entry a sample, ({count},)")
-        sample = np.arange(count)
+            array = arrays[key]
+            if (array.dtype.kind != "f" or array.ndim != 3 or array.shape[:2] != (count, clips)
+                    or array.size == 0 or not float(np.abs(array).max()) < 3e38):
+                raise UserError(f"{path}: {key} is {array.dtype} {array.shape}, or holds NaN or "
+                                f"infinity; {FEATURES}, finite float32")
+            self.rows[key] = torch.from_numpy(array.astype(np.float32)).flatten(0, 1)
 
-        def over_rows(key, default):
-            return np.repeat(arrays.get(key, default), clips)
-
-        self.group, self.video = over_rows("group", sample), over_rows("video", sample)
-        self.name, self.split = over_rows("name", sample.astype(str)), arrays.get("split")
+        arrays = dict.fromkeys(("group", "video", "name"), np.arange(count)) | arrays
+        self.split = None
+        for key in sorted({"group", "video", "name", "split"} & arrays.keys()):
+            array = arrays[key]
+            if array.shape != (count,) or array.dtype.kind not in "Uiu":
+                raise UserError(f"{path}: {key} is {array.dtype} {array.shape}, expected text or "
+                                f"whole numbers ({count},): write it with .astype(str)")
+            setattr(self, key, np.repeat(array, clips))
+        self.length, self.name = length or clips, self.name.astype(str)
+        self.backbones = str(arrays.get("backbones", ""))  # whose weights stage 2 made the file with
         if self.split is not None:
-            if not set(self.split) <= {"train", "test"}:
-                found = ", ".join(sorted(set(self.split))[:4])
-                raise UserError(f"{path}: split holds {found}; expected train and test")
-            self.split = over_rows("split", None)
-        self.backbones = str(arrays.get("backbones", ""))  # which weights stage 2 made the file with
-        if labelled and self.task == "regression":
-            if {"frame_row", "frame_label"} <= arrays.keys():  # as stage 2 wrote them
-                self.frame_row, self.frame_label = (torch.from_numpy(arrays[k]) for k in ("frame_row", "frame_label"))
-            else:
-                self.frame_row = self.label.isfinite().all(1).nonzero()[:, 0]
-                self.frame_label = self.label[self.frame_row]
+            self._check_split()
+        if clips > 1 and len(np.unique(self.video)) < count:
+            raise UserError(f"{path}: video joins samples of {clips} clips; write one clip a sample, "
+                            "(N, 1, D), or leave video out")
 
-    def _label(self, label, count, clips):
+        if labelled:
+            self.label = torch.from_numpy(self._read_label(arrays["label"], count, clips))
+        if self.backbones and "frame_row" in arrays:
+            self.frame_row, self.frame_label = (torch.from_numpy(arrays[key])
+                                                for key in ("frame_row", "frame_label"))
+        elif labelled:
+            self.frame_row = (self.label >= -1).view(len(self.label), -1).all(1).nonzero()[:, 0]
+            self.frame_label = self.label[self.frame_row]
+
+    def _check_split(self):
+        if not set(self.split) <= {"train", "test"}:
+            raise UserError(f"{self.path}: split holds {str(set(self.split))[:60]}; expected train "
+                            "and test")
+        both = np.intersect1d(*(self.group[self.split == part] for part in ("train", "test")))
+        if len(both) and not self.backbones:  # stage 2 repeats the split that the data set came with
+            raise UserError(f"{self.path}: group {both[0]} is in both splits; give each group to one")
+
+    def _read_label(self, label, count, clips):
+        """Sets task and outputs; a label for each row, (N * L,) or (N * L, 2)."""
         if label.dtype.kind in "iu" and label.shape == (count,):
             self.task, self.outputs = "classification", int(label.max()) + 1
             found = np.unique(label[label != -1])
             if self.outputs < 2 or len(found) < self.outputs or found[0] < 0:
                 raise UserError(f"{self.path}: the classes are {found.tolist()[:9]}; number two or "
                                 "more from 0 on, leaving none out, and write -1 for no label")
-            label = np.repeat(label.astype(np.int64), clips)
-        elif label.dtype.kind == "f" and label.shape in ((count, 2), (count, clips, 2)):
-            self.task, self.outputs = "regression", 2
-            if not np.isfinite(label).all():
-                raise UserError(f"{self.path}: label holds NaN or infinity; mark what has no label with -5")
-            label = label.reshape(count, -1, 2).astype(np.float32)
-            label = np.broadcast_to(label, (count, clips, 2)).reshape(-1, 2).copy()
-            label[(label == INVALID).any(1)] = NO_LABEL
-        else:
-            raise UserError(f"{self.path}: label is {label.dtype} {label.shape}, expected int ({count},), or float "
-                            f"({count}, 2) or ({count}, {clips}, 2)")
-        self.label = torch.from_numpy(label)
+            return np.repeat(label.astype(np.int64), clips)
+
+        if label.dtype.kind != "f" or label.shape not in ((count, 2), (count, clips, 2)):
+            raise UserError(f"{self.path}: label is {label.dtype} {label.shape}, expected int "
+                            f"({count},), or float ({count}, 2) or ({count}, {clips}, 2)")
+        if not np.isfinite(label).all():
+            raise UserError(f"{self.path}: label holds NaN or infinity; mark what has none with -5")
+        if label.any() and np.isin(label, (0, 1)).all():
+            raise UserError(f"{self.path}: label holds 0 and 1 alone, no valence and arousal; write "
+                            "classes as label.argmax(1)")
+        self.task, self.outputs = "regression", 2
+        label = label.reshape(count, -1, 2).astype(np.float32)
+        label = np.broadcast_to(label, (count, clips, 2)).reshape(-1, 2).copy()
+        label[(label == INVALID).any(1)] = NO_LABEL
+        return label
 
     def visual(self, row):
         return self.rows["visual"][row]
@@ -744,8 +815,22 @@ class Features:
 
     def describe(self):
         what = f"{self.outputs} classes" if self.task == "classification" else "valence/arousal"
+        widths = ", ".join(f"{key} width {rows.shape[1]}" for key, rows in self.rows.items())
         return (f"{len(self.label) // self.length} samples of {self.length} clips, {what}, "
-                f"{len(set(self.group))} groups, " + ", ".join(f"{k} width {v.shape[1]}" for k, v in self.rows.items()))
+                f"{len(set(self.group))} groups, {widths}")
+
+
+def read_arrays(path, needed, skip):
+    """The arrays of an .npz file but those to skip; nothing that is pickled is ever opened."""
+    arrays, key = {}, "file"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for key in sorted({*needed, *file.files} - {*skip}):
+                arrays[key] = file[key]
+    except Exception:  # zip, zlib, numpy's header parser: each has errors of its own
+        raise UserError(f"{path}: {key!r} is missing, damaged, or of Python objects: then write it with "
+                        f".astype(str), or .astype(np.float32); {FEATURES}") from None
+    return arrays
 
 
 def save_features(path, arrays):
@@ -758,44 +843,54 @@ def save_features(path, arrays):
 
 @contextmanager
 def replacing(path):
-    """A temporary path beside `path`, of the same ending: renamed to it, or removed on any failure."""
-    part = Path(path).with_name(f"{Path(path).stem}.tmp{Path(path).suffix}")
+    """A temporary path beside `path`, with its ending: renamed to it, or removed on any failure."""
+    path = Path(path)
+    part = path.with_name(f"{path.stem}.tmp{path.suffix}")
+
+    def clear():  # a file or a folder
+        shutil.rmtree(part, ignore_errors=True)
+        part.unlink(missing_ok=True)
+
+    clear()  # what a killed process left
     try:
         yield part
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
+        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}); free some space "
+                        "or give another place") from None
     finally:
-        part.unlink(missing_ok=True)
+        clear()
 
 
-def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileged=True):
-    """The data set at `root`; raises UserError with the first fault. length: clips per sample, None for the default.
+def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileged=True,
+                 face_start=None, strict=True):
+    """The data set at `root`; raises UserError with the first fault, unless strict is False.
 
-    With privileged=False no file of the privileged modality is looked at.
+    length: clips a sample, None for the default. With privileged=False no file of the privileged
+    modality is looked at.
     """
-    source = _open(dataset, root, classes, length, image_size, privileged)
-    if source.faults:
+    if dataset == "features":
+        return Features(root, privileged=privileged)
+    if dataset == "affwild2":
+        source = Affwild2(root, length or Affwild2.LENGTH, image_size, privileged)
+    else:
+        source = BioVid(root, dataset, classes, length or 1, image_size, privileged, face_start)
+    if source.faults and strict:
         more = f" (and {len(source.faults) - 1} more: python data.py --check {dataset} --root {root})"
         raise UserError(source.faults[0] + more * (len(source.faults) > 1))
     return source
 
 
-def _open(dataset, root, classes=2, length=None, image_size=112, privileged=True):
-    if dataset == "features":
-        return Features(root, privileged=privileged)
-    if dataset == "affwild2":
-        return Affwild2(root, length or Affwild2.LENGTH, image_size, privileged)
-    return BioVid(root, dataset, classes, length or 1, image_size, privileged)
-
-
-# The stand-in: a hidden intensity drives face and signal, each with noise of its own. NOISE (standard deviations, of an
-# intensity that runs from 0 to 1) was set once, on the scores of single modalities and of their fusion, to come out in
-# Table I's order; no student and no distillation method was looked at.
-NOISE = {"biovid_a": (0.60, 0.20), "biovid_b": (0.60, 0.45), "affwild2": (0.25, 0.60)}  # visual, privileged
+# The stand-in: a hidden intensity drives face and signal, each with noise of its own. NOISE (standard
+# deviations, visual and privileged, of an intensity that runs from 0 to 1) was set once, on the scores
+# of single modalities and of their fusion, to come out in Table I's order; no student and no
+# distillation method was looked at.
+NOISE = {"biovid_a": (0.60, 0.20), "biovid_b": (0.60, 0.45), "affwild2": (0.25, 0.60)}
 SUBJECTS, REPEATS, VIDEOS, FACE = 24, 8, 32, 56
 
 
 def write_stand_in(dataset, root):
-    """Write the synthetic data set to root, unless it is there already. Never touches a folder of other data."""
+    """Write the synthetic data set to root, unless it is there; never touches other data."""
     root = Path(root)
     recipe = json.dumps({"dataset": dataset, "noise": NOISE[dataset], "version": 2}) + "\n"
     mark = root / "SYNTHETIC"
@@ -804,54 +899,54 @@ def write_stand_in(dataset, root):
     if root.exists():
         what = "another stand-in: delete it, or" if mark.is_file() else "not a stand-in:"
         raise UserError(f"{root}: exists and is {what} give another --root")
-    part = root.with_name(root.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     print(f"writing a synthetic stand-in of {dataset} to {root}")
-    rng = np.random.default_rng(0)
-    (write_affwild2 if dataset == "affwild2" else write_biovid)(dataset, part, rng)
-    (part / "SYNTHETIC").write_text(recipe)
-    part.rename(root)
+    write = write_affwild2 if dataset == "affwild2" else write_biovid
+    with replacing(root) as part:
+        write(dataset, part, np.random.default_rng(0))
+        (part / "SYNTHETIC").write_text(recipe)
 
 
 def draw_faces(identity, brow, eye, mouth, smile):
-    """Cartoon faces, uint8 (T, FACE, FACE, 3), of one identity (8 numbers in [-1, 1]) under expressions (T,) in about
-    [-1, 1]: brow lowering, eye opening, mouth opening, smile."""
-    brow, eye, mouth, smile = (x.astype(np.float32)[:, None, None] for x in (brow, eye, mouth, smile))
+    """Cartoon faces, uint8 (T, FACE, FACE, 3), of one identity (8 numbers in [-1, 1]).
+
+    Expressions (T,) in about [-1, 1]: brow lowering, eye opening, mouth opening, smile.
+    """
+    brow, eye, mouth, smile = (x.astype(np.float32)[:, None, None]
+                               for x in (brow, eye, mouth, smile))
     y, x = np.mgrid[-1:1:FACE * 1j, -1:1:FACE * 1j].astype(np.float32)
 
     def blob(cx, cy, rx, ry, edge=4):
         return (edge * (1 - ((x - cx) / rx) ** 2 - ((y - cy) / ry) ** 2)).clip(0, 1)
 
     width, height, apart, low, wide, *tone = identity
-    shape = np.broadcast_to(blob(0, 0, 0.75 + 0.1 * width, 0.92 + 0.06 * height), (len(brow), FACE, FACE))
-    dark = np.zeros_like(shape)
-    for side in (-1, 1):
-        cx = side * (0.33 + 0.05 * apart)
-        dark = np.maximum(dark, blob(cx, -0.22, 0.17, 0.07 + 0.045 * eye.clip(-1, 1)))
-        dark = np.maximum(dark, 0.8 * blob(cx, -0.52 + 0.03 * low + 0.1 * brow, 0.22, 0.06))
+    oval = blob(0, 0, 0.75 + 0.1 * width, 0.92 + 0.06 * height)
+    shape = np.broadcast_to(oval, (len(brow), FACE, FACE))
     curve = smile.clip(-1, 1) * 1.5 * (0.03 - x**2)  # raises the mouth's corners
-    dark = np.maximum(dark, blob(0, 0.45 + 0.05 * low + curve, 0.3 + 0.05 * wide, (0.1 + 0.09 * mouth).clip(0.03)))
+    dark = [blob(0, 0.45 + 0.05 * low + curve, 0.3 + 0.05 * wide, (0.1 + 0.09 * mouth).clip(0.03))]
+    for cx in (-0.33 - 0.05 * apart, 0.33 + 0.05 * apart):
+        dark.append(blob(cx, -0.22, 0.17, 0.07 + 0.045 * eye.clip(-1, 1)))
+        dark.append(0.8 * blob(cx, -0.52 + 0.03 * low + 0.1 * brow, 0.22, 0.06))
     skin = np.array([205, 160, 130]) + 30 * np.array(tone)
     image = 70 + shape[..., None] * (skin - 70)
-    return (image * (1 - 0.75 * dark[..., None])).clip(0, 255).astype(np.uint8)
+    return (image * (1 - 0.75 * np.maximum.reduce(dark)[..., None])).clip(0, 255).astype(np.uint8)
 
 
 def write_jpegs(folder, pattern, faces, keep, scale=1):
     folder.mkdir(parents=True)
-    faces = torch.from_numpy(faces).permute(0, 3, 1, 2).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     for i in np.flatnonzero(keep):
-        (folder / pattern.format(i + 1)).write_bytes(encode_jpeg(faces[i].contiguous(), quality=90).numpy().tobytes())
+        image = Image.fromarray(faces[i].repeat(scale, 0).repeat(scale, 1))
+        image.save(folder / pattern.format(i + 1), quality=90)
 
 
 def write_biovid(dataset, root, rng):
     noise_v, noise_p = NOISE[dataset]
-    header = "time\tgsr\tecg\temg_trapezius\t emg_corrugator\temg_zygomaticus"  # real headers carry blanks, too
+    header = "time\tgsr\tecg\temg_trapezius\t emg_corrugator\temg_zygomaticus"  # a blank, as in real ones
     for person in tqdm(range(SUBJECTS), disable=None):
         subject = f"{person + 1:02d}0109_{'mw'[person % 2]}_{20 + person}"
         identity, gain = rng.uniform(-1, 1, 8), rng.normal(1, 0.15)
         reactive = 0.15 if person % 6 == 5 else 1.0  # some subjects hardly react
-        (root / "biosignals_filtered" / subject).mkdir(parents=True)
+        signals = root / "biosignals_filtered" / subject
+        signals.mkdir(parents=True)
         for n in range(5 * REPEATS):
             level = n % 5
             sample = f"{subject}-{BioVid.LEVELS[level]}-{n + 81:03d}"
@@ -869,23 +964,23 @@ def write_biovid(dataset, root, rng):
             rows = 2816 + n % 2
             t = np.arange(rows) / BioVid.RATE
             felt = (hidden + noise_p * rng.normal()) * (t / 1.5).clip(0, 1)
-            tension = 3 * gain * np.exp(0.9 * felt)  # muscle activity is noise whose power follows the effort
+            tension = 3 * gain * np.exp(0.9 * felt)  # a muscle's noise has the power of its effort
             noise = rng.normal(size=(rows, 4))
             table = np.column_stack([t * 1e6, 5 + 0.5 * gain + 2.0 * felt + 0.01 * noise[:, 0],
                                      np.exp(-(((t * 1.2) % 1 - 0.5) / 0.02) ** 2), 3 * noise[:, 1],
                                      tension * noise[:, 2], tension * noise[:, 3]])
-            np.savetxt(root / "biosignals_filtered" / subject / f"{sample}_bio.csv", table, delimiter="\t",
-                       fmt=["%d"] + ["%.4f"] * 5, header=header, comments="")
+            np.savetxt(signals / f"{sample}_bio.csv", table, fmt=["%d"] + ["%.4f"] * 5,
+                       delimiter="\t", header=header, comments="")
 
 
-def _wander(rng, frames, scale=60):
+def _wander(rng, frames):
     """A smooth random course with standard deviation about 1."""
-    kernel = np.hanning(2 * scale)
-    return np.convolve(rng.normal(size=frames + 2 * scale - 1), kernel / np.sqrt((kernel**2).sum()), mode="valid")
+    kernel = np.hanning(120)
+    noise = rng.normal(size=frames + 119)
+    return np.convolve(noise, kernel / np.sqrt((kernel**2).sum()), mode="valid")
 
 
 def write_affwild2(dataset, root, rng):
-    noise_v, noise_p = NOISE[dataset]
     labels, audio = root / "annotations" / "VA_Estimation_Challenge", root / "audio"
     for folder in (labels / "Train_Set", labels / "Validation_Set", audio):
         folder.mkdir(parents=True)
@@ -895,20 +990,26 @@ def write_affwild2(dataset, root, rng):
     for n, (video, part) in enumerate(tqdm(videos, disable=None)):
         fps = 25 if video == "video5" else 30
         frames = 550 if video.startswith("video3_") else int(rng.integers(400, 700))
-        hidden = np.stack([0.25 * rng.normal() + 0.35 * _wander(rng, frames) for _ in "va"])  # valence, arousal
-        shown = hidden / 0.4 + noise_v / 0.4 * np.stack([_wander(rng, frames) for _ in "va"])
-        heard = hidden / 0.4 + noise_p / 0.4 * np.stack([_wander(rng, frames) for _ in "va"])
+        # valence and arousal: their course, and how face and voice show them
+        hidden = np.stack([0.25 * rng.normal() + 0.35 * _wander(rng, frames) for _ in "va"])
+        shown, heard = (hidden / 0.4 + noise / 0.4 * np.stack([_wander(rng, frames) for _ in "va"])
+                        for noise in NOISE[dataset])
+
         keep = np.ones(frames, bool)
         lost = rng.integers(0, frames - 60)
         keep[lost:lost + rng.integers(5, 50)] = False
-        faces = draw_faces(rng.uniform(-1, 1, 8), -0.5 * shown[1], 0.6 * shown[1], 0.4 * shown[1], 0.6 * shown[0])
+        faces = draw_faces(rng.uniform(-1, 1, 8), -0.5 * shown[1], 0.6 * shown[1], 0.4 * shown[1],
+                           0.6 * shown[0])
         write_jpegs(root / "cropped_aligned" / video, "{:05d}.jpg", faces, keep, scale=2)
+
         table = hidden.T.clip(-1, 1)
         lost = rng.integers(0, frames - 100)
         table[lost:lost + 40, n % 2] = -5  # a stretch that nobody could label
         rows = frames + n % 3 - 1  # one row more or less than there are frames
-        np.savetxt(labels / part / f"{video}.txt", np.pad(table, ((0, 1), (0, 0)), "edge")[:rows], fmt="%.3f",
-                   delimiter=",", header="valence,arousal", comments="")
+        table = np.pad(table, ((0, 1), (0, 0)), "edge")[:rows]
+        np.savetxt(labels / part / f"{video}.txt", table, fmt="%.3f", delimiter=",",
+                   header="valence,arousal", comments="")
+
         if not video.endswith("_right"):  # the pair's sound is the left one's
             t = np.arange(int((frames + 1) / fps * SOUND_RATE)) / SOUND_RATE
             at = np.arange(frames) / fps
@@ -916,15 +1017,16 @@ def write_affwild2(dataset, root, rng):
             tone = np.sin(2 * np.pi * np.cumsum(pitch) / SOUND_RATE)
             loud = 0.03 * np.exp(0.7 * np.interp(t, at, heard[1]).clip(-3, 3))
             sound = loud * (tone + 0.5 * tone**3) + 0.003 * rng.normal(size=t.size)
-            wavfile.write(audio / f"{sound_name(video)}.wav", SOUND_RATE, (sound.clip(-1, 1) * 32767).astype(np.int16))
+            wavfile.write(audio / f"{sound_name(video)}.wav", SOUND_RATE,
+                          (sound.clip(-1, 1) * 32767).astype(np.int16))
 
 
 def parse(argv=None):
     parser = Parser(__doc__)
     job = parser.add_mutually_exclusive_group(required=True)
-    job.add_argument("--check", choices=DATASETS, help="count what is at --root and list every fault")
-    job.add_argument("--synthetic", choices=DATASETS[:3], help="write a stand-in of this data set to --root")
-    parser.add_argument("--root", help="default: data/<data set>, with -synthetic behind it for a stand-in")
+    job.add_argument("--check", choices=DATASETS, help="count what is at --root, list every fault")
+    job.add_argument("--synthetic", choices=DATASETS[:3], help="write a stand-in to --root")
+    parser.add_argument("--root", help="default: data/<data set>, with -synthetic for a stand-in")
     return parser.parse_args(argv)
 
 
@@ -932,7 +1034,8 @@ def main():
     args = parse()
     if args.synthetic:
         return write_stand_in(args.synthetic, args.root or f"data/{args.synthetic}-synthetic")
-    source = _open(args.check, args.root or f"data/{args.check}", classes=5)
+    root = args.root or f"data/{args.check}"
+    source = open_dataset(args.check, root, classes=5, strict=False)
     faults = list(source.faults)
     if hasattr(source, "label"):
         print(source.describe())
@@ -944,20 +1047,28 @@ def main():
 
 
 def run(main):
-    """Call main; what the user can mend ends in one line on stderr and exit code 2, Ctrl-C in one and 130."""
+    """Call main; what the user can mend ends in one line on stderr and exit code 2, Ctrl-C in 130."""
+    code = 2
     try:
-        main()
-    except UserError as error:  # a DataLoader worker hands it on behind its traceback, which is not for the user
-        print(f"error: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # a closed pipe shows here rather than at the interpreter's exit
+        return
+    except (UserError, OSError) as error:  # a DataLoader worker hands it on behind its traceback
+        line = re.split(r"\n[\w.]*Error: ", str(error))[-1].strip()
+        if isinstance(error, OSError):
+            line += "; mend it or give another path"
+            sys.stdout = open(os.devnull, "w")  # what it still holds must not fail again at exit
+    except RuntimeError as error:
+        if not re.search(r"shared memory|</torch_|DataLoader worker .* (killed|exited)", str(error)):
             raise
-        print(f"error: {error.filename}: {error.strerror}; give another path", file=sys.stderr)
-        sys.exit(2)
+        line = ("a process that loads data died, probably for lack of shared memory; use --workers 0 "
+                "(in Docker also: --shm-size 8g)")
     except KeyboardInterrupt:
-        print("interrupted; training goes on with --resume, a table with the same command", file=sys.stderr)
-        sys.exit(130)
+        line, code = "interrupted; training goes on with --resume, a table with the same command", 130
+    print("error: " * (code == 2) + line, file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

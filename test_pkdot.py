@@ -7,9 +7,13 @@ force, a permutation; none needs a GPU, the network or data that is not made her
 import itertools
 import json
 import math
+import os
 import re
+import resource
 import shlex
 import shutil
+import signal
+import struct
 import subprocess
 import sys
 import warnings
@@ -19,10 +23,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.io import wavfile
 from scipy.optimize import linear_sum_assignment, minimize
 from scipy.special import logsumexp, softmax
-from torchvision.io import encode_jpeg
 
 import data
 import models
@@ -825,7 +829,7 @@ NAME, HEADER = "071309_w_21-BL1-081", "time\tgsr\tecg\temg_trapezius\t emg_corru
 
 def jpg(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode_jpeg(torch.full((3, 16, 16), value % 256, dtype=torch.uint8), quality=95).numpy().tobytes())
+    Image.new("RGB", (16, 16), (value % 256,) * 3).save(path, "JPEG", quality=95)
 
 
 def grays(clip):
@@ -842,6 +846,13 @@ def bio_csv(path, rows=2816, first=0, header=HEADER):
     np.savetxt(path, table, delimiter="\t", fmt="%d", header=header, comments="")
 
 
+def set_times(root, change):
+    path = root / BIO
+    table = np.loadtxt(path, delimiter="\t", skiprows=1)
+    table[:, 0] = change(table[:, 0])
+    np.savetxt(path, table, "%.4f", "\t", header=path.read_text().splitlines()[0], comments="")
+
+
 def biovid(root, names=(NAME,), frames=range(1, 139), signals="biosignals_filtered", **csv):
     for name in names:
         for i in frames:
@@ -854,7 +865,7 @@ def biovid(root, names=(NAME,), frames=range(1, 139), signals="biosignals_filter
 @pytest.mark.parametrize("dataset, sign", [("biovid_a", 1), ("biovid_b", -1)])
 @pytest.mark.parametrize("layout", [
     dict(), dict(rows=2817), dict(first=100), dict(signals="biosignals_raw"), dict(header=HEADER.replace(" ", "")),
-    dict(signals="biosignals_filtered/biosignals_filtered")])
+    dict(signals="biosignals_filtered/biosignals_filtered"), dict(header="\ufeff" + HEADER)])
 def test_biosignal_window_is_cut_by_time_in_every_layout(tmp_path, dataset, sign, layout):
     source = data.open_dataset(dataset, biovid(tmp_path, **layout))
     values = data.read_biosignal(source.samples[0][1], source.column, 2.0, 5.0)
@@ -874,7 +885,7 @@ def test_clips_of_a_biovid_sample_share_its_span_and_label(tmp_path):
     assert data.windows(source.video, 4)[0].tolist() == [[0, 1, 2, 3]] and source.label.tolist() == [0] * 4
 
 
-@pytest.mark.parametrize("present", [range(1, 139), [*range(1, 60), *range(90, 139)], [30, 80, 130], range(51, 61)])
+@pytest.mark.parametrize("present", [range(1, 139), [*range(1, 60), *range(90, 139)], [30, 80, 130], [*range(51, 61), 131]])
 def test_ten_equally_spaced_of_the_frames_present_from_2_to_5_s(tmp_path, present):
     source = data.open_dataset("biovid_b", biovid(tmp_path, frames=present), privileged=False, image_size=16)
     within = [i for i in present if 2 <= (i - 1) / 25 < 5]
@@ -906,7 +917,7 @@ def test_pure_tone_lights_its_bin(hertz):
                                                (5, {"BL1": 0, "PA1": 1, "PA2": 2, "PA3": 3, "PA4": 4})])
 def test_biovid_labels_come_from_the_names(tmp_path, classes, expected):
     names = [f"071309_w_21-{level}-{n:03d}" for n, level in enumerate(("PA4", "PA3", "PA2", "PA1", "BL1"))]
-    source = data.open_dataset("biovid_b", biovid(tmp_path, names, [60]), classes)
+    source = data.open_dataset("biovid_b", biovid(tmp_path, names, [81]), classes)
     assert {n.split("-")[1]: y for n, y in zip(source.name, source.label.tolist(), strict=True)} == expected
     assert set(source.group) == {"071309_w_21"} and source.outputs == classes
 
@@ -945,6 +956,108 @@ def test_a_split_of_the_data_set_is_kept_and_too_few_subjects_are_an_error():
         folds_of(["a", "b", "c", "d"])
 
 
+def square(kind, path):
+    """An 8 x 8 image, left half dark and right half bright, of an awkward kind."""
+    gray = np.repeat(np.uint8([[40, 200]]), 8, 0).repeat(4, 1)
+    image, more = Image.fromarray(gray).convert("RGB"), {}
+    if kind in ("L", "1", "CMYK", "RGBA", "LA"):
+        image = image.convert(kind)
+    elif kind == "palette":
+        image = image.quantize(4)
+    elif kind == "clear palette":
+        image, more = image.quantize(4), dict(transparency=0)
+    elif kind == "16 bits":
+        image = Image.fromarray(gray.astype(np.uint16) * 257)
+    elif kind == "turned":
+        more = dict(exif=(exif := Image.Exif()))
+        exif[0x0112] = 6
+    elif kind == "animated":
+        more = dict(save_all=True, append_images=[Image.new("RGB", (8, 8), "red")], default_image=False)
+    elif kind == "progressive":
+        more = dict(progressive=True)
+    form = "GIF" if kind == "gif" else "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG"
+    image.save(path, form, **more)
+    if kind == "cut":
+        write(path, path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize("kind, ending, expected", [
+    ("plain", "jpg", "halves"), ("plain", "JPG", "halves"), ("plain", "jpeg", "halves"), ("plain", "Png", "halves"),
+    ("L", "jpg", "halves"), ("L", "png", "halves"), ("1", "png", "black and white"), ("CMYK", "jpg", "halves"),
+    ("palette", "png", "halves"), ("progressive", "jpg", "halves"), ("turned", "jpg", "one above the other"),
+    ("animated", "png", "halves"), ("16 bits", "png", "I;16 pixels"), ("RGBA", "png", "RGBA pixels"),
+    ("LA", "png", "LA pixels"), ("clear palette", "png", "P pixels"), ("gif", "jpg", "cannot identify"),
+    ("cut", "png", "[Tt]runc"), ("cut", "jpg", "[Tt]runc")])
+def test_images_are_decoded_as_a_viewer_shows_them_or_refused(tmp_path, kind, ending, expected):
+    biovid(tmp_path, frames=[131])
+    path = tmp_path / FACES / f"img_00060.{ending}"
+    square(kind, path)
+    source = data.open_dataset("biovid_b", tmp_path, image_size=8)
+    if "pixels" in expected or "runc" in expected or "identify" in expected:
+        with pytest.raises(UserError, match=expected) as error:
+            source.visual(0)
+        return only_line(error, path)
+    halves = torch.tensor([40., 200] if expected != "black and white" else [0., 255]).repeat_interleave(4)
+    shown = source.visual(0)[:, 0].float()  # (3, 8, 8)
+    want = halves.expand(3, 8, 8) if expected != "one above the other" else halves[:, None].expand(3, 8, 8)
+    assert (shown - want).abs().max() <= (0 if ending == "Png" or ending == "png" and kind != "1" else 6) or \
+        kind == "1" and (shown.mean((0, 1))[:4] < shown.mean((0, 1))[4:]).all()
+
+
+def test_mac_litter_and_other_files_are_not_looked_at(tmp_path):
+    biovid(tmp_path, frames=[51, 81])
+    affwild2(tmp_path, frames=40)
+    for folder in (tmp_path, tmp_path / "faces", tmp_path / "faces" / NAME[:11], tmp_path / FACES, tmp_path / CROPS,
+                   tmp_path / "cropped_aligned", tmp_path / "annotations", (tmp_path / BIO).parent):
+        write(folder / ".DS_Store", "x")
+        write(folder / "._img_00052.jpg", "x")
+        jpg(folder / "__MACOSX" / NAME / "._img_00001.jpg", 1)
+    litter = tmp_path / "__MACOSX" / "VA_Set" / "Train_Set"
+    for path in (litter / "._one.txt", tmp_path / TEXT.replace("one", "._one"), tmp_path / BIO.replace("/07", "/._07")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, "x")
+    for dataset in ("biovid_b", "affwild2"):
+        source = data.open_dataset(dataset, tmp_path, classes=5, image_size=16)
+        assert source.visual(0).shape[2:] == (16, 16) and not source.faults and not source.check()
+
+
+def cut_to_the_window(root, first=1):
+    """Images of 2 to 5 s alone, as the authors' preparation makes them; image `first + i` is gray i + 1."""
+    biovid(root, frames=[])
+    for i in range(75):
+        jpg(root / FACES / f"img_{first + i:05d}.jpg", i + 1)
+
+
+def test_folders_cut_to_the_window_are_refused_or_read_from_face_start_on(tmp_path):
+    cut_to_the_window(tmp_path)
+    for read in (lambda: data.open_dataset("biovid_b", tmp_path),
+                 lambda: data.Faces(tmp_path / "faces", "biovid_b", 1, 112)):
+        with pytest.raises(UserError, match="beyond number 80.*--face-start") as error:
+            read()
+        only_line(error, "faces")
+    expected = [round(1 + j * 74 / 9) for j in range(10)]
+    for source in (data.open_dataset("biovid_b", tmp_path, face_start=2.0),
+                   data.Faces(tmp_path / "faces", "biovid_b", 1, 112, face_start=2.0)):
+        assert np.abs(np.subtract(grays(source.visual(0)), expected)).max() <= 1
+    jpg(tmp_path / "faces" / NAME[:11] / (NAME[:-1] + "2") / "img_00090.jpg", 1)  # one whole video is enough
+    bio_csv(tmp_path / BIO.replace("081_", "082_"))
+    assert len(data.open_dataset("biovid_b", tmp_path).label) == 2
+
+
+def test_images_numbered_from_0_are_refused_unless_face_start_is_given(tmp_path):
+    cut_to_the_window(tmp_path, 0)
+    jpg(tmp_path / FACES / "img_00100.jpg", 100)
+    with pytest.raises(UserError, match="numbered from 0.*--face-start") as error:
+        data.open_dataset("biovid_b", tmp_path).visual(0)
+    only_line(error, FACES)
+    shown = grays(data.open_dataset("biovid_b", tmp_path, face_start=2.04).visual(0))
+    assert shown[0] == 1 and shown[-1] == 75
+    affwild2(tmp_path, present=range(0, 99))
+    with pytest.raises(UserError, match="numbered from 0") as error:
+        data.open_dataset("affwild2", tmp_path)
+    only_line(error, CROPS)
+
+
 BIO = f"biosignals_filtered/{NAME[:11]}/{NAME}_bio.csv"
 FACES = f"faces/{NAME[:11]}/{NAME}"
 BIO_FAULTS = {  # what to do to a good tree, and the path that the message must begin with
@@ -954,6 +1067,17 @@ BIO_FAULTS = {  # what to do to a good tree, and the path that the message must 
     "text": (lambda root: (root / BIO).write_text(HEADER + "\nsome\ttext\t\t\t\t\n"), BIO),
     "binary": (lambda root: (root / BIO).write_bytes(bytes(range(256))), BIO),
     "short": (lambda root: bio_csv(root / BIO, rows=2000), BIO),
+    "256 Hz": (lambda root: set_times(root, lambda t: 2 * t), BIO),
+    "1024 Hz": (lambda root: set_times(root, lambda t: t / 2), BIO),
+    "500 Hz": (lambda root: set_times(root, lambda t: t * 1.024), BIO),
+    "seconds": (lambda root: set_times(root, lambda t: t / 1e6), BIO),
+    "backwards": (lambda root: set_times(root, lambda t: t[::-1]), BIO),
+    "shuffled": (lambda root: set_times(root, np.random.default_rng(0).permutation), BIO),
+    "repeated": (lambda root: set_times(root, lambda t: t // 7812 * 7812), BIO),
+    "a second missing": (lambda root: set_times(root, lambda t: t + 1e6 * (t > 3e6)), BIO),
+    "times of nan": (lambda root: set_times(root, lambda t: t + np.nan), BIO),
+    "decimal commas": (lambda root: write(root / BIO, (root / BIO).read_text().replace("\t", ",5\t")), BIO),
+    "semicolons": (lambda root: write(root / BIO, (root / BIO).read_text().replace("\t", ";")), BIO),
     "header only": (lambda root: (root / BIO).write_text(HEADER + "\n"), BIO),
     "bad image": (lambda root: (root / FACES / "img_00051.jpg").write_text("no jpg"), f"{FACES}/img_00051.jpg"),
     "no image": (lambda root: [p.unlink() for p in (root / FACES).iterdir()], FACES),
@@ -968,7 +1092,7 @@ def only_line(error, path):
 @pytest.mark.filterwarnings("ignore:loadtxt")
 @pytest.mark.parametrize("fault", BIO_FAULTS)
 def test_each_biovid_fault_is_one_line_naming_the_path(tmp_path, fault):
-    biovid(tmp_path, frames=[51, 80])
+    biovid(tmp_path, frames=[51, 81])
     spoil, path = BIO_FAULTS[fault]
     spoil(tmp_path)
     with pytest.raises(UserError) as error:
@@ -989,31 +1113,31 @@ def run_check(dataset, root, monkeypatch, capsys):
 
 def test_check_lists_every_biovid_fault_and_exits_with_2(tmp_path):
     names = [f"071309_w_21-{level}-{n:03d}" for n, level in enumerate(("BL1", "PA1", "PA2", "PA3", "PA4", "BL1"))]
-    biovid(tmp_path, names, [51, 80, 125])
+    biovid(tmp_path, names, [51, 81, 125])
     faces, bio = tmp_path / "faces" / NAME[:11], tmp_path / "biosignals_filtered" / NAME[:11]
     (bio / f"{names[0]}_bio.csv").unlink()
     (bio / f"{names[1]}_bio.csv").write_text("time\tecg\n")
     (bio / f"{names[2]}_bio.csv").write_text(HEADER + "\na\tb\tc\td\te\tf\n")
-    (faces / names[3] / "img_00080.jpg").write_text("no jpg")
+    (faces / names[3] / "img_00081.jpg").write_text("no jpg")
     [p.unlink() for p in (faces / names[4]).iterdir()]
     (faces / "clip7").mkdir()
     done = subprocess.run([sys.executable, data.__file__, "--check", "biovid_b", "--root", tmp_path],
                           capture_output=True, text=True)
     _, *faults, last = done.stdout.splitlines()
     wrong = [bio / f"{names[0]}_bio.csv", bio / f"{names[1]}_bio.csv", bio / f"{names[2]}_bio.csv",
-             faces / names[3] / "img_00080.jpg", faces / names[4], faces / "clip7"]
+             faces / names[3] / "img_00081.jpg", faces / names[4], faces / "clip7"]
     assert done.returncode == 2 and {line.split(": ")[0] for line in faults} == set(map(str, wrong))
     assert "Traceback" not in done.stderr and last == f"{len(faults)} faults"
 
 
 def test_check_lists_an_unreadable_frame_once(tmp_path, monkeypatch, capsys):
-    biovid(tmp_path, frames=[51, 80])
-    (tmp_path / FACES / "img_00080.jpg").write_text("no jpg")
+    biovid(tmp_path, frames=[51, 81])
+    (tmp_path / FACES / "img_00081.jpg").write_text("no jpg")
     assert run_check("biovid_b", tmp_path, monkeypatch, capsys)[1][-1] == "1 faults"
 
 
 def test_check_of_a_sound_root_counts_it_and_exits_with_0(tmp_path, monkeypatch, capsys):
-    biovid(tmp_path, [NAME, "082109_m_53-PA4-001"], [51, 80])
+    biovid(tmp_path, [NAME, "082109_m_53-PA4-001"], [51, 81])
     assert run_check("biovid_b", tmp_path, monkeypatch, capsys) == (
         0, ["2 subjects, 2 samples, 4 frames, classes BL1 1, PA1 0, PA2 0, PA3 0, PA4 1", "0 faults"])
 
@@ -1045,6 +1169,55 @@ def test_affwild2_is_found_in_every_layout_and_split_by_folder(tmp_path, layout)
         ("a/00032", "train"), ("a/00040", "train"), ("b/00032", "test")]
 
 
+def test_two_editions_of_the_annotations_are_named_and_none_is_taken(tmp_path):
+    for edition in ("9th", "10th"):
+        affwild2(tmp_path, layout=f"{edition} ABAW Annotations/VA_Set")
+    with pytest.raises(UserError, match="9th ABAW.* and .*10th ABAW|10th ABAW.* and .*9th ABAW") as error:
+        data.open_dataset("affwild2", tmp_path)
+    only_line(error, "annotations")
+    shutil.rmtree(tmp_path / "9th ABAW Annotations")
+    affwild2(tmp_path)  # in annotations/
+    with pytest.raises(UserError, match="10th ABAW"):
+        data.open_dataset("affwild2", tmp_path)
+
+
+def test_crops_are_found_in_each_archives_folders(tmp_path):
+    places = {"a": "cropped_aligned", "b": "cropped_aligned/batch1", "c": "cropped_aligned/batch2",
+              "d": "cropped_aligned_new_50_vids", "e": "cropped_aligned_new_50_vids/cropped_aligned_new_50_vids"}
+    for video, place in places.items():
+        affwild2(tmp_path, video, 40)
+        if video != "a":
+            (tmp_path / place).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "cropped_aligned" / video).rename(tmp_path / place / video)
+    source = data.open_dataset("affwild2", tmp_path, image_size=16)
+    assert source.folders == {video: tmp_path / place / video for video, place in places.items()}
+    assert [grays(source.visual(row))[-1] for row in range(10)] == [32, 40] * 5 and not source.check()
+    jpg(tmp_path / "cropped_aligned" / "e" / "00001.jpg", 1)
+    with pytest.raises(UserError, match="same video as") as error:
+        data.open_dataset("affwild2", tmp_path)
+    only_line(error, "e")
+
+
+@pytest.mark.parametrize("lines, rate", [
+    ("one 25", 25), ("duo 25", 25), ("duo_left 25", 25), ("\ufeffone 25\n", 25), ("one.mp4\t25", 25), ("one.AVI 25", 25),
+    ("one 30000/1001", 30000 / 1001), ("one  29.97", 29.97), ("duo_left 25\nduo_right 25", 25), ("", 30), ("spare 25", 30),
+    ("two 25", None), ("one.txt 25", None), ("one", None), ("one 25 x", None), ("one 30/0", None), ("one inf", None),
+    ("one 1e-300", None), ("one 1e400", None), ("one -25", None), ("one 25/", 25), ("duo_left 25\nduo_right 30", None),
+    ("one,25", None), (b"\xff\xfe\x00", None)])
+def test_a_line_of_fps_txt_names_a_video_or_is_an_error(tmp_path, lines, rate):
+    for video in ("one", "duo_left", "duo_right"):
+        affwild2(tmp_path, video, 40)
+    jpg(tmp_path / "cropped_aligned" / "spare" / "00001.jpg", 1)  # crops of a video without labels
+    write(tmp_path / "fps.txt", lines)
+    if rate is None:
+        with pytest.raises(UserError, match="fps.txt: expected lines") as error:
+            data.open_dataset("affwild2", tmp_path)
+        return only_line(error, "fps.txt")
+    source = data.open_dataset("affwild2", tmp_path)
+    named = [v for v in ("one", "duo_left", "duo_right") if v[:3] in str(lines)]
+    assert {v: source.rate(v) for v in named} == dict.fromkeys(named, rate) and source.rate("none") == 30
+
+
 @pytest.mark.parametrize("frames, present", [
     (100, range(1, 101)), (64, range(1, 65)), (32, [7]), (150, [*range(1, 20), *range(110, 140)]),
     (130, [*range(1, 33), 129]), (200, [100, 101])])
@@ -1057,7 +1230,7 @@ def test_each_valid_frame_is_predicted_once_by_the_nearest_clip(tmp_path, frames
     begins = [b for b in dict.fromkeys([*range(0, frames - 31, 32), frames - 32])  # clips tile, the last aligned
               if any(b < i <= b + 32 for i in present)]  # without any image: dropped
     own = source.video == "one"
-    assert source.begin[own].tolist() == begins
+    assert (source.end[own] - 32).tolist() == begins
     expected = np.where((label == -5).any(1)[:, None], np.nan, label)[np.add(begins, 31)]
     np.testing.assert_array_equal(source.label[own], expected.astype("f4"))  # its last frame's
     frame_row = [r for r in source.frame_row.tolist() if own[r]]
@@ -1065,10 +1238,10 @@ def test_each_valid_frame_is_predicted_once_by_the_nearest_clip(tmp_path, frames
     assert source.frame_label[own[source.frame_row]].tolist() == label[valid].astype("f4").tolist()
     for t, row in zip(valid, frame_row, strict=True):
         gap = [max(b - t, t - b - 31, 0) for b in begins]
-        chosen = begins.index(source.begin[row])
+        chosen = begins.index(source.end[row] - 32)
         assert gap[chosen] == min(gap) and (gap[chosen] > 0 or chosen == gap.index(0))
     for row in np.flatnonzero(own):  # 8 images, every 4th up to the labelled one; a missing one repeats the nearest
-        begin, shown = source.begin[row], grays(source.visual(row))
+        begin, shown = source.end[row] - 32, grays(source.visual(row))
         inside = [i for i in present if begin < i <= begin + 32]
         for wanted, i in zip(range(begin + 4, begin + 33, 4), shown, strict=True):
             assert i in inside and abs(i - wanted) == min(abs(j - wanted) for j in inside)
@@ -1079,7 +1252,8 @@ def test_left_and_right_share_sound_and_group_and_row_counts_may_be_off_by_two(t
     affwild2(tmp_path, "duo_right", 70, present=range(1, 69))  # two rows more than images
     source = data.open_dataset("affwild2", tmp_path)
     assert set(source.group) == {"duo"} and set(source.video) == {"duo_left", "duo_right"} and len(source.label) == 6
-    assert set(source.wavs.values()) == {tmp_path / "audio" / "duo.wav"} and source.images.max() <= 70
+    assert {source.wav(video) for video in source.video} == {tmp_path / "audio" / "duo.wav"}
+    assert sorted(set(source.images.flatten()))[-1] == "00070.jpg"
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -1239,11 +1413,11 @@ def test_a_click_at_a_frame_lights_its_column_of_its_clip(tmp_path, fps, rate):
     at = (frame - 0.5) / fps  # in the middle of what image 75 shows
     sound[round(at * rate):round(at * rate) + 4] = 30000
     affwild2(tmp_path, frames=frames, sound=sound, rate=rate)
-    (tmp_path / "fps.txt").write_text(f"one {fps}\n\nother 12.5\n")
+    (tmp_path / "fps.txt").write_text(f"one {fps}\n\n")
     source = data.open_dataset("affwild2", tmp_path)
     loud = [source.privileged(row)[0].max(0).values for row in range(4)]
-    assert [(x.max() > -20).item() for x in loud] == [b < frame <= b + 32 for b in source.begin]
-    begin = source.begin[2]
+    assert [(x.max() > -20).item() for x in loud] == [e - 32 < frame <= e for e in source.end]
+    begin = source.end[2] - 32
     assert begin == 64 and abs(loud[2].argmax().item() - 100 * (at - ((begin + 32) / fps - 47040 / 44100))) <= 1
 
 
@@ -1321,6 +1495,21 @@ def set_wav(root, samples, rate=4410):
     wavfile.write(root / WAV, rate, samples)
 
 
+def wav_bytes(chunk=b"data", size=None, align=2, channels=1, rate=4410, sound=bytes(40000)):
+    """A wav whose header says what one of a broken programme would."""
+    head = struct.pack("<4sI4s4sIHHIIHH", b"RIFF", 36 + len(sound), b"WAVE", b"fmt ", 16, 1, channels, rate,
+                       rate * align % 2**32, align, 16)
+    return head + struct.pack("<4sI", chunk, len(sound) if size is None else size) + sound
+
+
+def test_the_line_about_a_wav_says_how_to_make_one_of_a_silent_video(tmp_path):
+    affwild2(tmp_path)
+    (tmp_path / WAV).unlink()
+    with pytest.raises(UserError, match="anullsrc") as error:
+        data.open_dataset("affwild2", tmp_path)
+    only_line(error, WAV)
+
+
 TEXT, CROPS, WAV = "annotations/VA_Estimation_Challenge/Train_Set/one.txt", "cropped_aligned/one", "audio/one.wav"
 AFF_FAULTS = {  # what to do to a good tree, and the path that the message must begin with
     "no annotations": (lambda root: shutil.rmtree(root / "annotations"), "annotations"),
@@ -1332,8 +1521,20 @@ AFF_FAULTS = {  # what to do to a good tree, and the path that the message must 
     "wav without samples": (lambda root: set_wav(root, np.zeros(0, np.int16)), WAV),
     "wav cut in its header": (lambda root: write(root / WAV, (root / WAV).read_bytes()[:30]), WAV),
     "short wav": (lambda root: set_wav(root, np.zeros(4410, np.int16)), WAV),
+    "wav without its data": (lambda root: write(root / WAV, wav_bytes(chunk=b"LIST")), WAV),
+    "wav of no size": (lambda root: write(root / WAV, wav_bytes(size=0)), WAV),
+    "piped wav": (lambda root: write(root / WAV, wav_bytes(size=2**32 - 1)), WAV),
+    "block align 0": (lambda root: write(root / WAV, wav_bytes(align=0)), WAV),
+    "no channels": (lambda root: write(root / WAV, wav_bytes(channels=0)), WAV),
+    "0 Hz": (lambda root: write(root / WAV, wav_bytes(rate=0)), WAV),
+    "4 GHz": (lambda root: write(root / WAV, wav_bytes(rate=2**32 - 1)), WAV),
+    "wav is a folder": (lambda root: [(root / WAV).unlink(), (root / WAV).mkdir()], WAV),
+    "in both sets": (lambda root: affwild2(root, part="Validation_Set"), TEXT.replace("Train", "Validation")),
+    "images past the rows alone": (lambda root: [[p.unlink() for p in (root / CROPS).iterdir()],
+                                                 jpg(root / CROPS / "00101.jpg", 1)], CROPS),
     "8-bit wav": (lambda root: set_wav(root, np.zeros(44100, np.uint8)), WAV),
-    "short video": (lambda root: affwild2(root, frames=31), TEXT),
+    "short video": (lambda root: affwild2(root, frames=31, present=range(1, 34)) and [
+        (root / CROPS / f"{i:05d}.jpg").unlink() for i in range(34, 101)], CROPS),
     "other video": (lambda root: affwild2(root, frames=50, present=range(1, 80)), CROPS),
     "text": (lambda root: write(root / TEXT, "valence,arousal\nhigh,low\n"), TEXT),
     "header": (lambda root: write(root / TEXT, "0.1,0.2\n" * 90), TEXT),
@@ -1373,7 +1574,7 @@ def test_check_lists_every_affwild2_fault_and_strays_do_not_stop_loading(tmp_pat
     write(tmp_path / "cropped_aligned/image/00001.jpg", "no jpg")
     code, lines = run_check("affwild2", tmp_path, monkeypatch, capsys)
     wrong = [tmp_path / "cropped_aligned" / c for c in ("stray", "crops", "image/00001.jpg")]
-    wrong += [tmp_path / "audio/sound.wav", tmp_path / "audio/empty.wav", texts / "short.txt", texts / "text.txt"]
+    wrong += [tmp_path / "audio/sound.wav", tmp_path / "audio/empty.wav", texts / "text.txt", tmp_path / "cropped_aligned/short"]
     assert code == 2 and sorted(line.split(": ")[0] for line in lines[1:-1]) == sorted(map(str, wrong))
     assert lines[-1] == "7 faults"
     with pytest.raises(UserError, match=r"4 more: python data.py --check affwild2 --root"):
@@ -1450,7 +1651,7 @@ def arrays(n=6, length=2, **changes):
     (np.array([0, 1, 2, 0, 1, 2]), "classification", 3), (np.zeros((6, 2), np.float32), "regression", 2),
     (np.linspace(-1, 1, 24).reshape(6, 2, 2), "regression", 2)])
 def test_features_file_round_trip(tmp_path, label, task, outputs):
-    content = arrays(label=label, split=np.array(["train", "test"] * 3))
+    content = arrays(label=label, split=np.array(["train", "train", "test", "test", "train", "train"]))
     data.save_features(tmp_path / "f.npz", content)
     source = data.open_dataset("features", tmp_path / "f.npz")
     assert (source.task, source.outputs, source.length) == (task, outputs, 2) and not list(tmp_path.glob("*.tmp"))
@@ -1461,7 +1662,7 @@ def test_features_file_round_trip(tmp_path, label, task, outputs):
         expected = label[sample, clip] if label.ndim == 3 else label[sample]
         np.testing.assert_allclose(source.label[row], expected, rtol=1e-6)
         assert source.group[row] == sample // 2 and source.name[row] == f"n{sample}"
-        assert source.split[row] == ("train", "test")[sample % 2] and source.video[row] == sample
+        assert source.split[row] == ("train", "test", "train")[sample // 2] and source.video[row] == sample
 
 
 def test_features_leave_invalid_labels_out_of_the_frames(tmp_path):
@@ -1491,20 +1692,56 @@ def test_features_without_privileged_serve_the_visual_path(tmp_path):
     assert data.open_dataset("features", tmp_path / "f.npz", privileged=False).visual(0).shape == (3,)
 
 
+@pytest.mark.parametrize("kind", [">f4", ">f8", np.float16, np.longdouble, "<f8"])
+def test_features_of_any_float_kind_are_read(tmp_path, kind):
+    visual = np.arange(36).reshape(6, 2, 3) / 4
+    np.savez(tmp_path / "f.npz", **arrays(visual=visual.astype(kind), label=(visual[..., :2] / 9 - 1).astype(kind),
+                                          group=np.arange(6).astype(">i8")))
+    source = data.Features(tmp_path / "f.npz")
+    assert torch.equal(source.rows["visual"].view(6, 2, 3), torch.from_numpy(visual).float())
+    assert (source.label.view(6, 2, 2) - torch.from_numpy(visual[..., :2] / 9 - 1)).abs().max() < 1e-3
+    assert set(data.parts(source, 1)) == {"train", "val", "test"}
+
+
+@pytest.mark.parametrize("key", ["group", "name", "split"])
+@pytest.mark.parametrize("change", [
+    lambda x: x.astype("S"), lambda x: x == "train", lambda x: np.arange(6.), lambda x: x.astype(object),
+    lambda x: np.arange(6) + 0j, lambda x: x[:, None]])
+def test_arrays_of_names_of_another_kind_are_named_with_the_call_that_mends_them(tmp_path, key, change):
+    names = np.array(["train", "test"] * 3)
+    np.savez(tmp_path / "f.npz", **arrays(group=None, **{key: change(names)}) if key != "group" else arrays(
+        group=change(names)))
+    with pytest.raises(UserError, match=rf"'?{key}'? is .*\.astype\(str\)") as error:
+        data.Features(tmp_path / "f.npz")
+    only_line(error, "f.npz")
+
+
+def test_a_video_array_may_join_samples_of_one_clip_alone(tmp_path):
+    video = np.repeat([0, 1], 3)
+    data.save_features(tmp_path / "f.npz", arrays(length=1, video=video))
+    assert data.Features(tmp_path / "f.npz").video.tolist() == video.tolist()
+    data.save_features(tmp_path / "f.npz", arrays(video=video))
+    with pytest.raises(UserError, match="video joins samples of 2 clips") as error:
+        data.Features(tmp_path / "f.npz")
+    only_line(error, "f.npz")
+
+
 NAN = np.full((6, 2, 3), np.nan, np.float32)
 
 
 @pytest.mark.parametrize("changes, names", [
-    (dict(visual=NAN), "visual holds NaN"), (dict(privileged=NAN), "privileged holds NaN"),
+    (dict(visual=NAN), "visual is .* NaN"), (dict(privileged=NAN), "privileged is .* NaN"),
     (dict(visual=None), "'visual'"), (dict(privileged=None), "'privileged'"), (dict(label=None), "'label'"),
-    (dict(visual=np.zeros((6, 3))), r"visual is \(6, 3\)"), (dict(visual=np.zeros((6, 2, 3), int)), "visual is int64"),
-    (dict(privileged=np.zeros((5, 2, 3))), r"privileged is \(5, 2, 3\)"), (dict(label=NAN[..., :2]), "NaN"),
+    (dict(visual=np.zeros((6, 3))), r"visual is float64 \(6, 3\)"), (dict(visual=np.zeros((6, 2, 3), int)), "visual is int64"),
+    (dict(privileged=np.zeros((5, 2, 3))), r"privileged is float64 \(5, 2, 3\)"), (dict(label=NAN[..., :2]), "NaN"),
     (dict(label=np.zeros(5, int)), r"label is int64 \(5,\)"), (dict(label=np.zeros(6, int)), r"are \[0\]"),
     (dict(label=np.arange(6) - 2), r"are \[-2, 0"), (dict(label=np.arange(6) * 2), r"are \[0, 2, 4"),
     (dict(label=np.full(6, -1)), r"are \[\]"), (dict(label=np.arange(6) * 2**60), r"are \[0, 11"),
     (dict(label=np.zeros((6, 3))), r"\(6, 3\)"),
-    (dict(label=np.array(["a"] * 6)), "<U1"), (dict(group=np.arange(5)), r"group is \(5,\)"),
-    (dict(split=np.array(["train", "dev"] * 3)), "dev"), (dict(name=np.array([{}] * 6)), "pickle")])
+    (dict(label=np.array(["a"] * 6)), "<U1"), (dict(group=np.arange(5)), r"group is int64 \(5,\)"),
+    (dict(split=np.array(["train", "dev"] * 3)), "dev"), (dict(split=np.arange(6)), "split holds"),
+    (dict(split=np.array(["train", "test"] * 3)), "group 0 is in both splits"), (dict(visual=np.full((6, 2, 3), 1e39)), "NaN"),
+    (dict(label=np.eye(2)[[0, 1, 1, 0, 1, 0]]), "argmax"), (dict(name=np.array([{}] * 6)), "'name' .*Python objects.*astype")])
 def test_features_that_do_not_fit_are_one_line(tmp_path, changes, names):
     np.savez(tmp_path / "f.npz", **arrays(**changes))
     with pytest.raises(UserError, match=names) as error:
@@ -1550,12 +1787,117 @@ def test_faces_of_a_folder_or_of_folders_need_no_label(tmp_path):
     assert faces.visual(1).shape == (3, 10, 24, 24) and set(grays(faces.visual(0))) == {51, 125}
     assert len(data.Faces(tmp_path / "pain" / "p1", *pain).name) == 1
     faces = data.Faces(tmp_path / "affect", *affect)
-    assert faces.name == ["v/00032", "v/00040"] and [grays(faces.visual(i)) for i in (0, 1)] == [[1] * 8, [40] * 8]
+    assert faces.name.tolist() == ["v/00032", "v/00040"] and [grays(faces.visual(i)) for i in (0, 1)] == [[1] * 8, [40] * 8]
     (tmp_path / "none").mkdir()
     for folder, settings in (("none", pain), ("missing", pain), ("pain/p1", affect)):
         with pytest.raises(UserError) as error:
             data.Faces(tmp_path / folder, *settings)
         only_line(error, folder)
+
+
+def test_every_folder_with_images_is_predicted_or_named(tmp_path, monkeypatch):
+    top, other = tmp_path / "top", tmp_path / "other"
+    for folder, ending in ((top, "jpg"), (top / "a", "JPG"), (top / "b" / "deep", "png"), (other, "jpeg")):
+        for i in range(1, 41):
+            jpg(folder / f"{i:05d}.{ending}", i)
+    (top / "link").symlink_to(other)
+    (top / "b" / "loop").symlink_to(top)
+    jpg(top / "short" / "00009.jpg", 1)
+    jpg(top / "named" / "face.jpg", 1)
+    jpg(top / "kind" / "00040.bmp", 1)
+    jpg(top / "from 0" / "00000.jpg", 1)
+    jpg(top / "__MACOSX" / "a" / "00040.jpg", 1)
+    write(top / "b" / "notes.txt", "no image")
+    monkeypatch.chdir(top)
+    for folder in (top, Path(".")):
+        faces = data.Faces(folder, "affwild2", 8, 16)
+        assert list(dict.fromkeys(faces.video)) == ["top", "a", "b/deep", "link"]
+        assert faces.name[:2].tolist() == ["top/00032", "top/00040"] and grays(faces.visual(7)) == [12, 16, 20, 24, 28, 32, 36, 40]
+        named = [line.split(": ")[0] for line in faces.faults]
+        assert named == [str(folder / name) for name in ("from 0", "kind", "named", "short")]
+        assert not any("\n" in line for line in faces.faults)
+    for name in ("kind", "short", "b/loop/kind"):
+        with pytest.raises(UserError) as error:
+            data.Faces(top / name, "affwild2", 8, 16)
+        only_line(error, name)
+
+
+def ends(main, capsys):
+    """Exit code and stderr of data.run(main)."""
+    with pytest.raises(SystemExit) as end:
+        data.run(main)
+    return end.value.code, capsys.readouterr().err
+
+
+class Broken(SimpleNamespace):
+    """A source of one row, whose reading ends in `act`."""
+
+    def visual(self, row):
+        self.act()
+
+
+def from_worker(act):
+    samples = data.Samples(Broken(act=act), "visual", torch.zeros(1, 1, dtype=torch.long))
+    return list(torch.utils.data.DataLoader(samples, num_workers=1))
+
+
+def refuse(error):
+    raise error
+
+
+@pytest.mark.parametrize("worker", [False, True])
+@pytest.mark.parametrize("act, message", [
+    (lambda tmp: refuse(UserError("a.npz: is damaged (SomeError: 3); mend it")), r"a.npz: is damaged \(SomeError: 3\); mend it"),
+    (lambda tmp: open(tmp / "none" / "a"), r"\[Errno 2\].*{tmp}/none/a.*; mend it or give another path"),
+    (lambda tmp: os.makedirs(tmp / "file" / "runs"), r"\[Errno 20\].*{tmp}/file/runs.*another path"),
+    (lambda tmp: refuse(OSError(28, "No space left on device")), r"\[Errno 28\] No space left on device; .*"),
+    (lambda tmp: refuse(RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")),
+     ".*--workers 0.*--shm-size.*")])
+def test_what_a_user_or_the_system_spoils_is_one_line_also_out_of_a_worker(tmp_path, capsys, worker, act, message):
+    write(tmp_path / "file", "")
+    code, shown = ends(lambda: from_worker(lambda: act(tmp_path)) if worker else act(tmp_path), capsys)
+    assert code == 2 and re.fullmatch(f"error: {message}\n".replace("{tmp}", str(tmp_path)), shown)
+
+
+def test_a_killed_worker_and_an_interrupt_are_one_line_and_a_fault_of_the_programme_is_not(capsys):
+    code, shown = ends(lambda: from_worker(lambda: os.kill(os.getpid(), signal.SIGBUS)), capsys)
+    assert code == 2 and re.fullmatch("error: .*--workers 0.*--shm-size.*\n", shown)
+    code, shown = ends(lambda: refuse(KeyboardInterrupt()), capsys)
+    assert code == 130 and re.fullmatch("interrupted; .*\n", shown)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        data.run(lambda: refuse(RuntimeError("shapes differ")))
+
+
+@pytest.mark.parametrize("lines", [1, 100000])  # in the buffer until the end, and not
+@pytest.mark.parametrize("closed", ["Broken pipe", "No space"])
+def test_output_that_cannot_be_written_is_one_line(closed, lines):
+    read, pipe = os.pipe()
+    os.close(read)
+    with open(pipe if closed == "Broken pipe" else "/dev/full", "w") as stdout:
+        done = subprocess.run([sys.executable, "-c", f"import data; data.run(lambda: print('x\\n' * {lines}))"],
+                              stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=Path(data.__file__).parent)
+    assert done.returncode == 2 and re.fullmatch(f"error: .*{closed}.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("name, writer", [
+    ("a.npz", lambda path: data.save_features(path, dict(label=np.zeros(10**5)))),
+    ("a.pt", lambda path: written(path, lambda part: torch.save(torch.zeros(10**5), part))),
+    ("a.csv", lambda path: written(path, lambda part: part.write_bytes(bytes(10**5))))])
+def test_a_full_disk_is_one_line_and_leaves_the_old_file_alone(tmp_path, capsys, name, writer):
+    path, limits = tmp_path / name, resource.getrlimit(resource.RLIMIT_FSIZE)
+    write(path, "old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))  # as a full disk ends a file
+    try:
+        code, shown = ends(lambda: writer(path), capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and re.fullmatch(f"error: {path}: cannot be written .*\n", shown)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def written(path, write):
+    with data.replacing(path) as part:
+        write(part)
 
 
 def test_stand_in_of_biovid_is_read_by_the_real_loader_and_covers_the_awkward_cases(tmp_path, monkeypatch):
