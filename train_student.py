@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from itertools import product
+from itertools import product, starmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,8 +62,8 @@ METHODS = {
 def distil(path, args, keep_student=True, watch=None):
     """Stage 3 of one fold: a student of the teacher at path; returns the results line it appends.
 
-    args: the parsed flags. watch(epoch, represent), if given, is called before the first epoch and
-    after each; represent(windows) is the student's z (S, m) of them.
+    args: the parsed flags. watch(epoch, predict), if given, is called before the first epoch and
+    after each; predict(windows, "z") is the student's z (S, m) of them.
     """
     # prepare: the teacher's answers to all windows, the student, what it sees
     begin, run, device = time.time(), path.parent, args.device
@@ -112,7 +112,7 @@ def distil(path, args, keep_student=True, watch=None):
     if args.resume and keep_student and progress.exists():
         first, best = train_teacher.restore_progress(progress, saved_as, trained, optimizer)
     if watch:
-        watch(0, lambda windows: predict(windows, "z"))
+        watch(0, predict)
     for epoch in bar(range(first, choice["epochs"]), f"{args.method} fold {settings['fold']}"):
         # one epoch; the last batch is dropped, since S wants b rows
         train_teacher.seed_all(args.seed, 3, epoch + 1)
@@ -143,7 +143,7 @@ def distil(path, args, keep_student=True, watch=None):
                 train_teacher.keep_progress(progress, saved_as, epoch, trained, optimizer, best)
                 saved = time.time()
         if watch:
-            watch(epoch + 1, lambda windows: predict(windows, "z"))
+            watch(epoch + 1, predict)
 
     # finish: the test fold, once; the validation part, by which a table may choose lambda
     if fingerprint(student.tnet.state_dict()) != frozen:
@@ -279,7 +279,8 @@ def log_epoch(run, args, epochs, epoch, loss_gt, W, found):
 def open_faces(settings, root=None):
     """The data set a run was trained on, without its privileged files."""
     return data.open_dataset(settings["dataset"], root or settings["root"], settings["outputs"],
-                             settings["length"], settings["image_size"], privileged=False)
+                             settings["length"], settings["image_size"], privileged=False,
+                             face_start=settings["face_start"])
 
 
 def open_run(path, teacher):
@@ -381,7 +382,8 @@ def predict(folder, path, args):
             raise UserError(f"{folder}: visual is (N, {found[0]}, {found[1]}), the student was "
                             f"trained on (N, {wanted[0]}, {wanted[1]})")
     else:
-        source = data.Faces(folder, settings["dataset"], settings["length"], settings["image_size"])
+        source = data.Faces(folder, *(settings[k] for k in (
+            "dataset", "length", "image_size", "face_start")))
     index, keep = data.windows(source.video, source.length)
     output = student_output(student, settings, source, index, args, "predict")
 
@@ -436,68 +438,91 @@ TABLE_I = {
     "affwild2": "Affwild2: visual (strong, prevalent) + audio (weak, privileged), "
                 "joint cross attention, WES",
     "features": "features file: visual (prevalent) + privileged"}
+
+# What stands beside a row's number in the paper: a bound, or a student by its flags. Others' work is
+# not run.
+OURS = {
+    "Visual only (lower bound)": "visual",
+    "none (lambda 0)": {"method": "none"},
+    "Cosine similarity [10]": {"method": "cosine"},
+    "MSE [8]": {"method": "mse"},
+    "KL [8]": {"method": "kl"},
+    "RKD [31]": {"method": "rkd"},
+    "PKDOT": {},
+    "PKDOT, shared anchors": {"shared": True},
+    "Multimodal (upper bound)": "multimodal"}
+
+
+def rows_of(printed):
+    """The rows of a table as the paper prints it; a row without numbers is not in the paper."""
+    cells = [[cell.strip() for cell in line.split("|")] for line in printed.strip().splitlines()]
+    return [Row(label, OURS.get(label), tuple(paper)) for label, *paper in cells]
+
+
 BIOVID_B = Column("BioVid (B) accuracy", "biovid_b", 2, "accuracy")
 VALENCE = Column("Affwild2 valence", "affwild2", "va", "valence")
 AROUSAL = Column("Affwild2 arousal", "affwild2", "va", "arousal")
-LOWER = Row("Visual only (lower bound)", "visual")
-UPPER = Row("Multimodal (upper bound)", "multimodal")
-NONE = Row("none (lambda 0)", {"method": "none"})
-PKDOT = Row("Student - PKDOT", {})
-
 TABLES = {
-    "2": Table("Table II: privileged KD methods", [BIOVID_B, VALENCE, AROUSAL], [
-        Row("Cosine similarity [10]", {"method": "cosine"}, ("75.40", "0.37", "0.53")),
-        Row("MSE [8]", {"method": "mse"}, ("N/A", "0.39", "0.53")),
-        Row("KL [8]", {"method": "kl"}, ("75.80", "N/A", "N/A")),
-        Row("PKDOT", {}, ("78.76", "0.43", "0.56")),
-        Row("PKDOT, shared anchors", {"shared": True}),
-        Row("RKD [31]", {"method": "rkd"}),
-        NONE, LOWER, UPPER]),
-    "3": Table("Table III: visual-only methods, Affwild2 validation set", [VALENCE, AROUSAL], [
-        Row("ResNet-50 [44]", None, ("0.31", "0.17")),
-        Row("SENet-50 [45]", None, ("0.28", "0.34")),
-        Row("MobileNet [46]", None, ("0.28", "0.44")),
-        Row("RegNet + GRU [47]", None, ("0.43", "0.57")),
-        Row("ResNeXt + SENet [48]", None, ("0.51", "0.48")),
-        LOWER._replace(paper=("0.41", "0.51")), NONE,
-        PKDOT._replace(paper=("0.43", "0.56")),
-        UPPER._replace(paper=("0.67", "0.59"))]),
+    "2": Table("Table II: privileged KD methods", [BIOVID_B, VALENCE, AROUSAL], rows_of("""
+        Cosine similarity [10]    | 75.40 | 0.37 | 0.53
+        MSE [8]                   | N/A   | 0.39 | 0.53
+        KL [8]                    | 75.80 | N/A  | N/A
+        PKDOT                     | 78.76 | 0.43 | 0.56
+        PKDOT, shared anchors
+        RKD [31]
+        none (lambda 0)
+        Visual only (lower bound)
+        Multimodal (upper bound)""")),
+    "3": Table("Table III: visual-only methods, Affwild2 validation set", [VALENCE, AROUSAL], rows_of("""
+        ResNet-50 [44]            | 0.31 | 0.17
+        SENet-50 [45]             | 0.28 | 0.34
+        MobileNet [46]            | 0.28 | 0.44
+        RegNet + GRU [47]         | 0.43 | 0.57
+        ResNeXt + SENet [48]      | 0.51 | 0.48
+        Visual only (lower bound) | 0.41 | 0.51
+        none (lambda 0)
+        PKDOT                     | 0.43 | 0.56
+        Multimodal (upper bound)  | 0.67 | 0.59""")),
     "4": Table("Table IV: visual-only methods, BioVid (A)", [
         Column("BL1 vs. PA4 accuracy", "biovid_a", 2, "accuracy"),
-        Column("5 classes accuracy", "biovid_a", 5, "accuracy")], [
-        Row("Sparse LSTM [19]", None, ("61.70", "29.70")),
-        Row("ViT [18]", None, ("72.11", "NR")),
-        Row("FAD + RF [49]", None, ("72.40", "30.80")),
-        Row("GNN [50]", None, ("73.20", "NR")),
-        Row("ViT [51]", None, ("73.28", "31.52")),
-        Row("ResNet-18 [52]", None, ("NR", "36.60")),
-        LOWER._replace(paper=("72.10", "30.38")), NONE,
-        PKDOT._replace(paper=("74.55", "33.65")),
-        UPPER._replace(paper=("83.50", "36.40"))]),
-    "5": Table("Table V: visual-only methods, BioVid (B)", [BIOVID_B], [
-        Row("Handcrafted + RF [22]", None, ("72.70",)),
-        LOWER._replace(paper=("74.10",)), NONE,
-        PKDOT._replace(paper=("78.76",)),
-        UPPER._replace(paper=("81.30",))]),
-    "choices": Table(
-        "Choices that the paper leaves open (not in the paper)", [BIOVID_B, VALENCE, AROUSAL], [
-            Row("PKDOT", {}),
-            Row("anchors shared by the batch", {"shared": True}),
-            Row("anchors shared, random", {"shared": True, "anchors": "random"}),
-            Row("anchors: most similar", {"anchors": "similar"}),
-            Row("anchors: random", {"anchors": "random"}),
-            Row("no transport: row i with row i", {"transport": False}),
-            Row("not debiased (Eq. 5)", {"debias": False}),
-            Row("T-Net's output zero", {"hallucinate": "zero"}),
-            Row("true privileged features (no student)", {"hallucinate": "oracle"}),
-            Row("backbone trained", {"finetune": True}),
-            *(Row(f"lambda {x:g}", {"lambda": [x]}) for x in (0.0, 0.1, 1.0, 4.0, 10.0)),
-            Row("epoch chosen on the test fold", {"select": "test"}),
-            Row("folds over clips", {"folds": "clips"}),
-            Row("the release's lambda and epsilon", {"lambda": [0.6], "epsilon": 0.01}),
-            Row("the release's protocol (all three)", {
-                "lambda": [0.6], "epsilon": 0.01, "select": "test", "folds": "clips"}),
-            NONE, LOWER, UPPER])}
+        Column("5 classes accuracy", "biovid_a", 5, "accuracy")], rows_of("""
+        Sparse LSTM [19]          | 61.70 | 29.70
+        ViT [18]                  | 72.11 | NR
+        FAD + RF [49]             | 72.40 | 30.80
+        GNN [50]                  | 73.20 | NR
+        ViT [51]                  | 73.28 | 31.52
+        ResNet-18 [52]            | NR    | 36.60
+        Visual only (lower bound) | 72.10 | 30.38
+        none (lambda 0)
+        PKDOT                     | 74.55 | 33.65
+        Multimodal (upper bound)  | 83.50 | 36.40""")),
+    "5": Table("Table V: visual-only methods, BioVid (B)", [BIOVID_B], rows_of("""
+        Handcrafted + RF [22]     | 72.70
+        Visual only (lower bound) | 74.10
+        none (lambda 0)
+        PKDOT                     | 78.76
+        Multimodal (upper bound)  | 81.30""")),
+    "choices": Table("Choices that the paper leaves open (not in the paper)",
+                     [BIOVID_B, VALENCE, AROUSAL], list(starmap(Row, {
+        "PKDOT": {},
+        "anchors shared by the batch": {"shared": True},
+        "anchors shared, random": {"shared": True, "anchors": "random"},
+        "anchors: most similar": {"anchors": "similar"},
+        "anchors: random": {"anchors": "random"},
+        "no transport: row i with row i": {"transport": False},
+        "not debiased (Eq. 5)": {"debias": False},
+        "T-Net's output zero": {"hallucinate": "zero"},
+        "true privileged features (no student)": {"hallucinate": "oracle"},
+        "backbone trained": {"finetune": True},
+        **{f"lambda {x:g}": {"lambda": [x]} for x in (0.0, 0.1, 1.0, 4.0, 10.0)},
+        "epoch chosen on the test fold": {"select": "test"},
+        "folds over clips": {"folds": "clips"},
+        "the release's lambda and epsilon": {"lambda": [0.6], "epsilon": 0.01},
+        "the release's protocol (all three)": {
+            "lambda": [0.6], "epsilon": 0.01, "select": "test", "folds": "clips"},
+        "none (lambda 0)": {"method": "none"},
+        "Visual only (lower bound)": "visual",
+        "Multimodal (upper bound)": "multimodal"}.items())))}
 FIGURES = {
     "6": Table("Figure 6: batch size and number of anchors", [
         Column(f"k = {k}, BioVid (B) accuracy", "biovid_b", 2, "accuracy", {"k": k}, f"k = {k}")
@@ -920,16 +945,17 @@ def figure_5(args):
     z_t = teacher_answers(teacher, features, train.index, args.device).z
     S = {"teacher": cosine_similarity_matrix(z_t).cpu()}
 
-    def watch(epoch, represent):
+    def watch(epoch, predict):
         if epoch in (0, epochs // 2, epochs):
-            S[f"student, epoch {epoch}"] = cosine_similarity_matrix(represent(train))
+            S[f"student, epoch {epoch}"] = cosine_similarity_matrix(predict(train, "z"))
 
     distil(path, args, keep_student=False, watch=watch)
     for name, matrix in S.items():
         print(f"{name}: mean similarity {matrix.mean():.3f}, "
               f"mean |S - S_teacher| {(matrix - S['teacher']).abs().mean():.3f}")
     out = args.out / f"figure5-{dataset}{'-synthetic' * settings['synthetic']}.npz"
-    data.save_features(out, {name: matrix.numpy() for name, matrix in S.items()})
+    with data.replacing(out) as part, open(part, "wb") as file:
+        np.savez(file, **{name: matrix.numpy() for name, matrix in S.items()})
     print(out)
     if (plot := pyplot()) is None:
         return

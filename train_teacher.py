@@ -354,7 +354,8 @@ DEFAULTS = {  # Table I and section IV-B; the batch size is the backbones'
 COMMON = dict(  # the numbers of epochs are not in the paper
     classes=2, image_size=112, lr=1e-3, backbone_epochs=30, fusion_epochs=50, fusion_batch_size=64,
     seed=0, amp=False, weights=None, folds="subjects", labelled=None, face_start=None)
-SETTINGS = {*COMMON, "dataset", "root", "fold", "task", "outputs", "length", "data"} - {"classes"}
+SETTINGS = {"dataset", "root", "fold", "folds", "labelled", "task", "outputs", "length", "data", "amp",
+            "face_start"}  # of every checkpoint
 STAND_IN = {  # few samples and a CPU: smaller images, smaller batches, more passes over less
     "biovid": dict(image_size=32, batch_size=16, backbone_epochs=4, fusion_epochs=200),
     "affwild2": dict(image_size=48, batch_size=4, lr=1e-4, backbone_epochs=10, fusion_epochs=20)}
@@ -375,7 +376,7 @@ def make_settings(dataset, root=None, synthetic=False, **given):
                 **(STAND_IN[dataset.partition("_")[0]] if synthetic else {})}
     settings.update((key, given[key]) for key in settings if given.get(key) is not None)
     source = data.open_dataset(dataset, root, settings.pop("classes"), settings["length"],
-                               settings["image_size"])
+                               settings["image_size"], face_start=settings["face_start"])
 
     settings.update(dataset=dataset, root=str(Path(root)), synthetic=synthetic, task=source.task,
                     outputs=source.outputs, length=source.length)
