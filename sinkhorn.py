@@ -26,7 +26,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BLOCK = 7  # sweeps between two looks at the error: at each look the host waits for the device
-EASY = 10  # max|C| / epsilon from which epsilon falls: 8 to 20 do as well
+EASY = 8  # max|C| / epsilon where the way down to a small epsilon begins; 8 to 15 do as well
 SAFE_DRIFT = 20  # |log u|, |log v| up to which no entry of the plan is lost to underflow
 
 
@@ -238,7 +238,7 @@ def _solve(cost, epsilon, a, b, tol=1e-5, max_iter=1000):
         # Lower epsilon, the further the better the block converged (Schmitzer's epsilon scaling):
         # a small one is reached sooner from a large one. f and g, about linear in it, go on along
         # their line, which halves the sweeps of the hardest problems.
-        next_level = lowered(level * min(error ** (1 / 10), 0.8))
+        next_level = lowered(level * min(error ** (1 / 9), 0.8))
         slope = (potentials - potentials_above) / (level_above - level)  # 0 at first
         potentials_above, potentials = potentials, potentials + (level - next_level) * slope
         level_above, level, error = level, next_level, math.inf
