@@ -3,6 +3,7 @@ stand-in.
 
     python data.py --check biovid_b --root data/biovid_b          # counts, and every fault found
     python data.py --synthetic biovid_b --root data/my-stand-in   # a small stand-in, same format
+    python data.py --crop video --root data/biovid_b              # face crops from its videos
 
 A data set is a sequence of *rows*: one row is one clip (F face frames and the privileged signal of
 the same span). Its attributes are arrays over the rows:
@@ -38,7 +39,7 @@ from PIL import Image, ImageOps
 from scipy.io import wavfile
 from scipy.signal import resample_poly, spectrogram
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
@@ -1021,11 +1022,169 @@ def write_affwild2(dataset, root, rng):
                           (sound.clip(-1, 1) * 32767).astype(np.int16))
 
 
+# Face crops from videos. A face is four numbers: x and y of its centre, the side of the square that
+# is cut, and by how many degrees the square is turned; NaN without a face. Frames shrink to FRAME:
+# fine enough for crops of CROP, coarse enough for a quick detector.
+CROP, FRAME, MARGIN = 112, 640, 1.2  # pixels; pixels of the longer side; of the detector's box
+
+
+@cache
+def face_detector(file):
+    """A function of a BGR image that gives its faces, rows of x, y, width, height, or None.
+
+    YuNet's rows go on with x and y of the right eye and of the left, and with more.
+    """
+    # For one damaged video OpenCV prints thousands of lines; our summary names it in one.
+    os.environ.update(OPENCV_LOG_LEVEL="SILENT", OPENCV_FFMPEG_LOGLEVEL="-8")
+    try:
+        import cv2
+    except ImportError:
+        raise UserError('--crop needs OpenCV: pip install "opencv-python-headless<5"') from None
+
+    def yunet(image):
+        model.setInputSize(image.shape[1::-1])
+        return model.detect(image)[1]
+
+    cv2.setNumThreads(1)  # processes share the work, and may be forks of this one
+    try:
+        if file == "haar":  # OpenCV 5 has neither the cascade nor its class
+            path = cv2.data.haarcascades + "haarcascade_frontalface_default.xml"
+            model = cv2.CascadeClassifier(path)
+            return lambda image: model.detectMultiScale(image, 1.1, 5, minSize=(64, 64))
+        model = cv2.FaceDetectorYN.create(file, "", (CROP, CROP))
+        yunet(np.zeros((CROP, CROP, 3), np.uint8))  # here another network fails
+    except (AttributeError, cv2.error):
+        raise UserError(f"--detector {file}: OpenCV {cv2.__version__} cannot use it; "
+                        "give YuNet's file, face_detection_yunet_2023mar.onnx of "
+                        "https://github.com/opencv/opencv_zoo") from None
+    return yunet
+
+
+def largest_face(faces):
+    """The largest of a detector's faces, as a square with a margin."""
+    largest = max(() if faces is None else faces, key=lambda face: face[2], default=[np.nan] * 8)
+    x, y, w, h, x1, y1, x2, y2 = [*largest, 0, 0, 1, 0][:8]  # Haar gives no eyes: level ones
+    return [x + w / 2, y + h / 2, MARGIN * max(w, h), math.degrees(math.atan2(y2 - y1, x2 - x1))]
+
+
+def smooth_faces(faces):
+    """{i: face} of those in faces (T, 4), steadied so that the crop does not tremble.
+
+    A gap of one is filled from both sides, then each number is its median over half a second.
+    """
+    faces[1:-1] = np.where(np.isnan(faces[1:-1]), (faces[:-2] + faces[2:]) / 2, faces[1:-1])
+    seen = np.flatnonzero(faces[:, 2] > 0)
+    return {i: np.nanmedian(faces[max(i - 6, 0):i + 7], axis=0) for i in seen}
+
+
+def video_frames(path):
+    """Yields the frame nearest to each (i - 1) / 25 s, i from 1 on, whatever the video's own rate.
+
+    Frames stand at their time stamps, or at the nominal rate where stamps stand still or leap.
+    """
+    import cv2
+    video = cv2.VideoCapture(str(path))
+    step = 1 / (video.get(cv2.CAP_PROP_FPS) or BioVid.VIDEO_FPS)
+    count, shown, time, more, frame = 0, 0, 0, *video.read()
+    while more:
+        scale = min(1, FRAME / max(frame.shape))
+        frame = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        more, following = video.read()
+        stamp = video.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        later = stamp if more and 0 < stamp - time < 10 else time + step
+
+        # From half-way on the following frame is nearer; the last one has half a step.
+        while shown < BioVid.VIDEO_FPS * (time + later) / 2:
+            yield frame
+            shown += 1
+        frame, time, count = following, later, count + 1
+
+    promised = video.get(cv2.CAP_PROP_FRAME_COUNT)  # sometimes an estimate
+    if count < max(1, 0.95 * promised):
+        raise UserError(f"{path}: no video, or damaged: only {count} of {promised:.0f} frames "
+                        "can be read; copy it again, or repair it with ffmpeg")
+
+
+def crop_video(job):
+    """Write one video's crops -> its frames, how many of them lack a face, and what is wrong or "".
+
+    Two passes: a median looks ahead, and the frames of a long video do not fit in memory.
+    """
+    video, target, detector = job
+    detect, part = face_detector(detector), target.with_name(f".{target.name}.part")
+    import cv2
+    try:
+        faces = np.array([largest_face(detect(frame)) for frame in video_frames(video)])
+        smooth = smooth_faces(faces)
+        if not smooth:
+            raise UserError(f"{video}: no face in it; look at it, or try another --detector")
+
+        # Under a hidden name until it is complete: what a killed run leaves is no sample.
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for i, frame in enumerate(video_frames(video)):
+            if i in smooth:
+                x, y, side, angle = smooth[i]
+                turn = cv2.getRotationMatrix2D((x, y), angle, CROP / side)
+                turn[:, 2] += CROP / 2 - x, CROP / 2 - y
+                crop = cv2.warpAffine(frame, turn, (CROP, CROP))
+                jpeg = cv2.imencode(".jpg", crop, (cv2.IMWRITE_JPEG_QUALITY, 95))[1]
+                (part / f"img_{i + 1:05d}.jpg").write_bytes(jpeg)
+        part.rename(target)
+    except UserError as error:
+        return 0, 0, str(error)
+    except OSError as error:  # a full disk, say: other videos would fare no better
+        raise UserError(f"{part}: {error.strerror}; then give the same command again") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return len(faces), len(faces) - len(smooth), ""
+
+
+def crop_videos(videos, root, detector, workers):
+    """Write root/faces/<subject>/<sample>/img_00001.jpg ... where it is not there yet.
+
+    If root holds BioVid's signals or one name is BioVid's, all must be; others keep their folders.
+    """
+    face_detector(detector)  # what is wrong with it is said once, here
+    (root / "faces").mkdir(parents=True, exist_ok=True)
+    paths = [path for path in sorted([videos, *videos.rglob("[!.]*")])
+             if path.suffix.lower() in (".mp4", ".avi", ".mov") and path.is_file()]
+    if not paths:
+        raise UserError(f"{videos}: no mp4, avi or mov; expected one or a folder of them")
+    strays = [path for path in paths
+              if not re.fullmatch(r"\d{6}_[mw]_\d\d-(BL1|PA[1-4])-\d{3}", path.stem)]
+    if strays and (any(root.glob("biosignals_*")) or len(strays) < len(paths)):
+        raise UserError(f"{strays[0]}: expected a name like 071309_w_21-BL1-081; move or rename it")
+
+    jobs = []
+    for path in paths:
+        folder = path.relative_to(videos).parent if strays else path.stem.split("-")[0]
+        jobs.append((path, root / "faces" / folder / path.stem, detector))
+    todo = [job for job in jobs if not job[1].is_dir()]
+    workers = max(0, min(workers, len(todo)))
+    loader = DataLoader(todo, None, num_workers=workers, collate_fn=crop_video)
+    results = tqdm(loader, unit="video", disable=None)
+
+    frames, missing, faults = zip((0, 0, ""), *results, strict=True)
+    faults = [fault for fault in faults if fault]
+    done = [job[1] for job in jobs if job[1].is_dir()]
+    fewest = sorted(f"{len(os.listdir(folder)):6} {folder.name}" for folder in done)[:10]
+    print("fewest faces:", *fewest, *faults, sep="\n")
+    print(f"{len(jobs)} videos, {len(jobs) - len(todo)} there already, {len(faults)} failed; "
+          f"{sum(frames)} frames, {sum(missing)} without a face")
+    sys.exit(bool(faults))
+
+
 def parse(argv=None):
     parser = Parser(__doc__)
     job = parser.add_mutually_exclusive_group(required=True)
     job.add_argument("--check", choices=DATASETS, help="count what is at --root, list every fault")
     job.add_argument("--synthetic", choices=DATASETS[:3], help="write a stand-in to --root")
+    job.add_argument("--crop", type=Path, metavar="VIDEOS",
+                     help="cut the faces out of a video or a folder of videos, into --root/faces")
+    parser.add_argument("--detector", default="haar", metavar="FILE",
+                        help="for --crop: the file of YuNet, else OpenCV 4's Haar cascade")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="for --crop: processes")
     parser.add_argument("--root", help="default: data/<data set>, with -synthetic for a stand-in")
     return parser.parse_args(argv)
 
@@ -1034,6 +1193,10 @@ def main():
     args = parse()
     if args.synthetic:
         return write_stand_in(args.synthetic, args.root or f"data/{args.synthetic}-synthetic")
+    if args.crop:
+        if not args.root:
+            raise UserError("--crop needs --root, the folder to write faces/ into")
+        return crop_videos(args.crop, Path(args.root), args.detector, args.workers)
     root = args.root or f"data/{args.check}"
     source = open_dataset(args.check, root, classes=5, strict=False)
     faults = list(source.faults)
@@ -1066,7 +1229,7 @@ def run(main):
         line = ("a process that loads data died, probably for lack of shared memory; use --workers 0 "
                 "(in Docker also: --shm-size 8g)")
     except KeyboardInterrupt:
-        line, code = "interrupted; training goes on with --resume, a table with the same command", 130
+        line, code = "interrupted; training goes on with --resume, all else with the same command", 130
     print("error: " * (code == 2) + line, file=sys.stderr)
     sys.exit(code)
 

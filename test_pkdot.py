@@ -14,9 +14,11 @@ import shlex
 import shutil
 import signal
 import struct
+import statistics
 import subprocess
 import sys
 import warnings
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -2449,3 +2451,348 @@ def test_figures_are_written(biovid_run, stand_in, capsys, monkeypatch):
     assert [row.split(",")[0] for row in rows][:2] == ["epsilon 0.001", "epsilon 0.01"]
     assert all(row.split(",")[1] == "BioVid (B) accuracy" and row.endswith(",SYNTHETIC") for row in rows)
     assert "SYNTHETIC DATA - Figure 7" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- face crops from videos
+
+LEVEL, STEP, SIDE = 10, 1.5, 112  # frame j's background is LEVEL + STEP * j; the drawn face's side in pixels
+SIGHT = 20  # the least red minus blue of skin: 75 as drawn, 0 for the gray behind it
+
+
+@pytest.fixture
+def cv2():
+    forget = data.face_detector.cache_clear
+    forget()
+    yield pytest.importorskip("cv2")
+    forget()
+
+
+def film(cv2, path, fps=25, frames=75, hidden=(), size=(320, 240), start=(60, 60), drift=1.0, codec="mp4v"):
+    """A video of one of the stand-in's faces that drifts to the right, over a gray that tells the frame."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    still = np.zeros(1)
+    face = data.draw_faces(np.zeros(8), still, still + 0.3, still - 0.3, still)[0].repeat(2, 0).repeat(2, 1)
+    face[68:78, 28:38] = 0, 255, 0  # on the cheek that is left in the image
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), fps, size)
+    assert writer.isOpened()
+    for j in range(frames):
+        image = np.full((size[1], size[0], 3), round(LEVEL + STEP * j), np.uint8)
+        if j not in hidden:
+            x, y = round(start[0] + drift * j), start[1]
+            skin = face.astype(int).max(2, keepdims=True) > 80  # the gray of the drawing's corners goes
+            part = image[y:y + SIDE, x:x + SIDE]
+            part[:] = np.where(skin, face, part)
+        writer.write(image[..., ::-1])
+    writer.release()
+    return path
+
+
+def tear(path):
+    """Overwrite the second half of a film, all but the index at its end."""
+    content = path.read_bytes()
+    middle, end = len(content) // 2, content.rindex(b"moov") - 4
+    path.write_bytes(content[:middle] + np.random.default_rng(0).bytes(end - middle) + content[end:])
+
+
+def crop(line):
+    return call(data, f"--crop {line}")
+
+
+def crops_in(folder):
+    """{number: RGB image} of a sample's folder."""
+    return {int(path.stem[4:]): np.asarray(Image.open(path)).astype(float) for path in folder.glob("*.jpg")}
+
+
+def grays_of(cv2, path):
+    """The gray of each frame of a film, by a plain loop over it."""
+    video, found = cv2.VideoCapture(str(path)), []
+    while True:
+        more, image = video.read()
+        if not more:
+            return found
+        found.append(image[:20].mean())
+
+
+def nearest(number, fps, frames):
+    """The frames that are nearest to the time of image `number`; two if it lies half-way."""
+    away = [abs(Fraction(j, fps) - Fraction(number - 1, 25)) for j in range(frames)]
+    return [j for j in range(frames) if away[j] == min(away)]
+
+
+@pytest.mark.parametrize("fps", [25, 30])
+def test_crop_finds_the_faces_of_a_video_where_and_when_they_are(tmp_path, monkeypatch, capsys, cv2, fps):
+    count = 3 * fps
+    lone = {25: 31, 30: 36}[fps]  # only image 32 or 31 is cut from this frame
+    lost = range(count - 20, count - 8)
+    video = film(cv2, tmp_path / "video" / NAME[:11] / f"{NAME}.mp4", fps, count, [lone, *lost], drift=25 / fps,
+                 codec="MJPG")  # whose grays are true
+    grays = grays_of(cv2, video)
+    assert len(grays) == count
+    bio_csv(tmp_path / "biosignals_filtered" / NAME[:11] / f"{NAME}_bio.csv")
+    assert crop(f"{tmp_path / 'video'} --root {tmp_path} --workers 0") == 0
+
+    images = crops_in(tmp_path / "faces" / NAME[:11] / NAME)
+    source = {i: nearest(i, fps, count) for i in range(1, 76)}
+    assert set(images) == {i for i in source if source[i][0] not in lost}
+    for i, image in images.items():
+        assert image.shape == (112, 112, 3)
+        corners = np.r_[0:6, 106:112]
+        told = np.interp(image[np.ix_(corners, corners)].mean(), grays, range(count))
+        assert min(abs(told - j) for j in source[i]) < 0.4
+        if lone in source[i]:
+            continue  # no face to measure
+        cheek = np.argwhere((image[..., 1] > 150) & (image[..., 0] < 100)).mean(0)
+        assert 56 < cheek[0] < 75 and 25 < cheek[1] < 45
+        rows, columns = np.nonzero(image[..., 0] - image[..., 2] > SIGHT)
+        left, right, top, bottom = columns.min(), columns.max(), rows.min(), rows.max()
+        assert abs(left + right - 111) / 2 < 7 and abs(top + bottom - 111) / 2 < 7  # in the middle
+        assert 0.6 < (bottom - top) / 112 < 0.95 and 0.7 < (right - left) / (bottom - top) < 0.95  # with a margin
+
+    out = capsys.readouterr().out
+    assert f"   {len(images)} {NAME}\n" in out
+    assert out.endswith(f"1 videos, 0 there already, 0 failed; 75 frames, {75 - len(images)} without a face\n")
+    code, lines = run_check("biovid_b", tmp_path, monkeypatch, capsys)
+    assert code == 0 and lines[-1] == "0 faults"
+
+
+def eyes_apart(image):
+    """A stand-in for YuNet: the eyes are a green and a blue dot, wide apart."""
+    found = [np.argwhere((image[..., c] > 150) & (image[..., 2] < 100)) for c in (1, 0)]
+    (y1, x1), (y2, x2) = (dots.mean(0) for dots in found)
+    box = (x1 + x2) / 2 - 40, (y1 + y2) / 2 - 50, 80, 100
+    return np.array([[5, 5, 9, 9, 0, 9, 0, 0, *[0] * 7], [*box, x1, y1, x2, y2, *[0] * 7]], np.float32)
+
+
+@pytest.mark.parametrize("degrees", [-25, 0, 40])
+@pytest.mark.parametrize("centre", [(160, 120), (10, 230)])
+def test_crop_levels_the_eyes_and_takes_the_largest_face(tmp_path, monkeypatch, cv2, degrees, centre):
+    """Half of the face may lie outside of the frame."""
+    turn = np.array([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))]) * 25
+    image = np.full((240, 320, 3), 60, np.uint8)
+    offsets = (-turn, turn) if centre == (160, 120) else (np.array([0.0, 0]), 2 * turn * [1, -np.sign(degrees)])
+    points = [np.round(np.add(centre, offset)).astype(int) for offset in offsets]
+    for point, colour in zip(points, ((0, 255, 0), (255, 0, 0)), strict=True):
+        cv2.circle(image, point.tolist(), 6, colour, -1)
+    detect = eyes_apart(image)
+    monkeypatch.setattr(data, "face_detector", lambda file: lambda frame: detect)
+    monkeypatch.setattr(data, "video_frames", lambda path: iter([image]))
+    (tmp_path / "me.mp4").touch()
+    assert crop(f"{tmp_path / 'me.mp4'} --root {tmp_path} --workers 0") == 0
+
+    image = crops_in(tmp_path / "faces" / "me")[1]
+    (y1, x1), (y2, x2) = (np.argwhere((image[..., c] > 120) & (image[..., 0] < 80)).mean(0) for c in (1, 2))
+    apart = np.linalg.norm(detect[1, 6:8] - detect[1, 4:6]) * 112 / (1.2 * 100)
+    assert abs(y1 - y2) < 1 and abs(x2 - x1 - apart) < 1.5
+    assert abs((x1 + x2) / 2 - 55.5) < 1 and abs((y1 + y2) / 2 - 55.5) < 1
+    assert (image.max(2) < 20).any() == (centre != (160, 120))  # black beyond the frame
+
+
+def test_smooth_faces_is_the_median_of_what_is_there():
+    rng = np.random.default_rng(0)
+    faces = rng.normal(size=(60, 4)) * [20, 20, 5, 3] + [300, 200, 150, 0]
+    missing = {0, 10, 20, 21, 30, 32, 58, 59}
+    known = {i: faces[i].tolist() for i in range(60) if i not in missing}
+    for i in (10, 30, 32):
+        known[i] = [(a + b) / 2 for a, b in zip(faces[i - 1], faces[i + 1], strict=True)]
+    faces[list(missing)] = np.nan
+    smooth = data.smooth_faces(faces)
+    assert smooth.keys() == known.keys()
+    for i, face in smooth.items():
+        near = [known[j] for j in range(i - 6, i + 7) if j in known]  # 13 images, 0.52 s
+        np.testing.assert_allclose(face, [statistics.median(column) for column in zip(*near, strict=True)])
+    assert not data.smooth_faces(np.full((3, 4), np.nan)) and list(data.smooth_faces(np.ones((1, 4)))) == [0]
+
+
+@pytest.mark.parametrize("stamps, rate, seconds", [
+    ([0, 0.03, 0.11, 0.13, 0.3, 0.34, 0.36], 25, None),  # a variable rate, as phones have
+    ([0, 0.02, 0.04, 0.06, 0.08, 0.10, 0.12], 25, None),  # the file's rate is wrong
+    ([0] * 7, 10, [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]),  # none at all
+    ([0, 0.1, 0.2, 0, 0], 10, [0, 0.1, 0.2, 0.3, 0.4]),  # lost at the end
+    ([0, 0.1, 1e6, 2e6], 10, [0, 0.1, 0.2, 0.3])])  # broken ones
+def test_a_video_is_read_by_its_time_stamps(monkeypatch, cv2, stamps, rate, seconds):
+    class Video:
+        def __init__(self, path):
+            self.position = -1
+
+        def read(self):
+            self.position += 1
+            more = self.position < len(stamps)
+            return more, np.full((2, 2, 3), self.position, np.uint8) if more else None
+
+        def get(self, what):
+            stamp = stamps[min(self.position, len(stamps) - 1)] * 1000
+            return {cv2.CAP_PROP_FPS: rate, cv2.CAP_PROP_POS_MSEC: stamp, cv2.CAP_PROP_FRAME_COUNT: len(stamps)}[what]
+
+    monkeypatch.setattr(cv2, "VideoCapture", Video)
+    shown = [int(frame[0, 0, 0]) for frame in data.video_frames("a")]
+    seconds = np.array(seconds or stamps)
+    for i, frame in enumerate(shown):
+        away = np.abs(seconds - i / 25)
+        assert away[frame] < away.min() + 1e-9
+    assert abs(len(shown) / 25 - seconds[-1] - 0.5 / rate) < 0.041  # to the end of the last frame, no further
+
+
+@pytest.mark.parametrize("size, shape", [((320, 240), (240, 320, 3)), ((1280, 960), (480, 640, 3))])
+def test_large_frames_of_a_video_are_shrunk_and_small_ones_are_not(tmp_path, cv2, size, shape):
+    frames = list(data.video_frames(film(cv2, tmp_path / "a.mp4", frames=3, size=size)))
+    assert [frame.shape for frame in frames] == [shape] * 3
+
+
+def gray_finder(image):
+    """A detector that costs nothing: a face in each image but a white one."""
+    return [] if image.mean() > 240 else [[100, 60, 100, 100]]
+
+
+def test_crop_names_each_video_that_fails_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, cv2):
+    monkeypatch.setattr(data, "face_detector", lambda file: gray_finder)
+    videos = tmp_path / "videos"
+    good = film(cv2, videos / "good.mp4").read_bytes()
+    tear(film(cv2, videos / "torn.mp4"))
+    (videos / "short.mp4").write_bytes(good[:len(good) // 2])
+    (videos / "text.mp4").write_text("no video")
+    (videos / "empty.AVI").touch()
+    writer = cv2.VideoWriter(str(videos / "white.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 25, (320, 240))
+    [writer.write(np.full((240, 320, 3), 255, np.uint8)) for _ in range(9)]
+    writer.release()
+    left = tmp_path / "faces" / ".good.part"  # by a run that was killed
+    left.mkdir(parents=True)
+    (left / "img_00099.jpg").touch()
+
+    assert crop(f"{videos} --root {tmp_path} --workers 0") == 1
+    out = capsys.readouterr().out
+    for name in ("torn.mp4", "short.mp4", "text.mp4", "empty.AVI", "white.mp4"):
+        assert sum(line.startswith(f"{videos / name}: ") for line in out.splitlines()) == 1
+    assert "white.mp4: no face" in out and "\n    75 good\n" in out
+    assert out.endswith("6 videos, 0 there already, 5 failed; 75 frames, 0 without a face\n")
+    faces = tmp_path / "faces"
+    assert os.listdir(faces) == ["good"] and set(crops_in(faces / "good")) == set(range(1, 76))
+
+    (videos / "white.mp4").unlink()
+    film(cv2, videos / "torn.mp4")
+    (faces / "good" / "img_00001.jpg").write_text("mine")
+    assert crop(f"{videos} --root {tmp_path} --workers 0") == 1
+    assert (faces / "good" / "img_00001.jpg").read_text() == "mine" and len(crops_in(faces / "torn")) == 75
+    assert capsys.readouterr().out.endswith("5 videos, 1 there already, 3 failed; 75 frames, 0 without a face\n")
+
+
+@pytest.mark.parametrize("stop, code", [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)])
+def test_a_crop_that_is_stopped_leaves_nothing_half_crops_in(tmp_path, monkeypatch, capsys, cv2, stop, code):
+    monkeypatch.setattr(data, "face_detector", lambda file: gray_finder)
+    film(cv2, tmp_path / "videos" / f"{NAME}.mp4")
+    write = Path.write_bytes
+
+    def stopped(path, content):
+        if path.name == "img_00040.jpg":
+            raise stop
+        return write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", stopped)
+        assert crop(f"{tmp_path / 'videos'} --root {tmp_path} --workers 0") == code
+    lines = capsys.readouterr().err.splitlines()
+    assert "Traceback" not in str(lines) and (code == 130 or "No space left" in lines[-1])
+    assert not any(path.is_file() for path in (tmp_path / "faces").rglob("*"))
+    assert crop(f"{tmp_path / 'videos'} --root {tmp_path} --workers 0") == 0
+    assert len(crops_in(tmp_path / "faces" / NAME[:11] / NAME)) == 75
+
+
+def test_crop_in_processes_writes_the_same(tmp_path, cv2):
+    for name in (NAME, "071309_w_21-PA4-007", "071309_w_21-PA4-008"):
+        film(cv2, tmp_path / "videos" / f"{name}.mp4", frames=30, drift=int(name[-1]) / 4)
+    tear(film(cv2, tmp_path / "videos" / "071309_w_21-PA4-009.mp4", frames=30))
+    line = [str(tmp_path / "videos"), "--root"]
+    done = subprocess.run([sys.executable, data.__file__, "--crop", *line, str(tmp_path / "two"), "--workers", "2"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "4 videos, 0 there already, 1 failed; 90 frames" in done.stdout, done.stderr
+    assert not done.stderr  # OpenCV has much to say about a damaged video
+    assert crop(" ".join([*line, str(tmp_path / "one"), "--workers", "0"])) == 1
+    one, two = ({path.relative_to(tmp_path / root): path.read_bytes() for path in (tmp_path / root).rglob("*.jpg")}
+                for root in ("one", "two"))
+    assert one == two and len(one) == 90
+
+
+def test_crop_finds_videos_however_they_lie(tmp_path, monkeypatch, cv2):
+    monkeypatch.setattr(data, "face_detector", lambda file: gray_finder)
+    flat, nested, upper = NAME, "071309_w_21-PA4-007", "080209_m_26-PA1-011"
+    film(cv2, tmp_path / "v" / f"{flat}.mp4")
+    film(cv2, tmp_path / "v" / "video" / nested[:11] / f"{nested}.avi", codec="MJPG")
+    film(cv2, tmp_path / "v" / f"{upper}.mp4").rename(tmp_path / "v" / f"{upper}.MP4")
+    for litter in (f"._{flat}.mp4", f"__MACOSX/video/._{nested}.mp4", "readme.txt"):
+        (tmp_path / "v" / litter).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "v" / litter).touch()
+    assert crop(f"{tmp_path / 'v'} --root {tmp_path} --workers 0") == 0
+    samples = {str(path.relative_to(tmp_path / "faces")) for path in (tmp_path / "faces").glob("*/*")}
+    assert samples == {f"{name[:11]}/{name}" for name in (flat, nested, upper)}
+
+
+def test_crop_takes_videos_of_ones_own(tmp_path, monkeypatch, cv2):
+    monkeypatch.setattr(data, "face_detector", lambda file: gray_finder)
+    me = film(cv2, tmp_path / "me.mp4")
+    film(cv2, tmp_path / "clips" / "a" / "clip-1.mp4")
+    film(cv2, tmp_path / "clips" / "b" / "clip-1.mp4")
+    assert crop(f"{me} --root {tmp_path / 'faces-of-me'} --workers 0") == 0
+    source = data.Faces(tmp_path / "faces-of-me" / "faces", dict(dataset="biovid_b", image_size=112, length=1))
+    assert list(source.video) == ["me"] and source.visual(0).shape == (3, 10, 112, 112)
+    assert crop(f"{tmp_path / 'clips'} --root {tmp_path} --workers 0") == 0
+    assert len(list((tmp_path / "faces").glob("[ab]/clip-1/*.jpg"))) == 150
+
+
+def crop_mistakes(tmp_path, cv2, monkeypatch):
+    video = film(cv2, tmp_path / "v" / "me.mp4", frames=2)
+    (tmp_path / "signals" / "biosignals_raw").mkdir(parents=True)
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / f"{NAME}.mp4").touch()
+    (tmp_path / "mixed" / "clip.mp4").touch()
+    (tmp_path / "none").mkdir()
+    (tmp_path / "bad.onnx").write_text("no network")
+    good = f"{video} --root {tmp_path / 'root'}"
+    return {"no such folder": (f"{tmp_path / 'gone'} --root {tmp_path}", str(tmp_path / "gone")),
+            "no video": (f"{tmp_path / 'none'} --root {tmp_path}", str(tmp_path / "none")),
+            "no root": (str(video), "--root"),
+            "root is a file": (f"{tmp_path / 'mixed' / 'clip.mp4'} --root {tmp_path / 'bad.onnx'}",
+                               str(tmp_path / "bad.onnx")),
+            "stray at signals": (f"{video} --root {tmp_path / 'signals'}", str(video)),
+            "stray among BioVid's": (f"{tmp_path / 'mixed'} --root {tmp_path}", str(tmp_path / "mixed" / "clip.mp4")),
+            "bad detector": (f"{good} --detector {tmp_path / 'bad.onnx'}", str(tmp_path / "bad.onnx")),
+            "no detector": (f"{good} --detector {tmp_path / 'gone.onnx'}", str(tmp_path / "gone.onnx")),
+            "another network": (f"{good} --detector other.onnx", "other.onnx"),
+            "no OpenCV": (good, 'pip install "opencv-python-headless<5"'),
+            "OpenCV 5": (good, "--detector")}
+
+
+@pytest.mark.parametrize("mistake", ["no such folder", "no video", "no root", "root is a file", "stray at signals",
+                                     "stray among BioVid's", "bad detector", "no detector", "another network",
+                                     "no OpenCV", "OpenCV 5"])
+def test_each_mistake_with_crop_is_one_line(tmp_path, monkeypatch, capfd, cv2, mistake):
+    line, named = crop_mistakes(tmp_path, cv2, monkeypatch)[mistake]
+    if mistake == "another network":
+        network = SimpleNamespace(setInputSize=lambda size: None, detect=cv2.imdecode)  # fails as OpenCV fails
+        monkeypatch.setattr(network, "detect", lambda image: cv2.resize(image, (0, 0)))
+        monkeypatch.setattr(cv2.FaceDetectorYN, "create", lambda *args: network)
+    if mistake == "no OpenCV":
+        monkeypatch.setitem(sys.modules, "cv2", None)
+    if mistake == "OpenCV 5":
+        monkeypatch.delattr(cv2, "CascadeClassifier")
+    assert crop(f"{line} --workers 0") == 2
+    out, err = capfd.readouterr()
+    assert err.count("\n") == 1 and err.startswith("error: ") and named in err, err
+    assert not out and not list(tmp_path.rglob("*.jpg"))
+
+
+def test_yunet_is_asked_as_opencv_documents_it(tmp_path, monkeypatch, cv2):
+    """The size of each image is told before it; faces are the second of two results, None when there is none."""
+    class YuNet:
+        def setInputSize(self, size):
+            self.size = size
+
+        def detect(self, image):
+            assert self.size == (image.shape[1], image.shape[0])
+            row = [100, 60, 90, 100, 120, 90, 170, 90, *[0] * 6, 0.95]
+            return 1, np.array([row], np.float32) if image.std() > 8 else None
+
+    created = []
+    monkeypatch.setattr(cv2.FaceDetectorYN, "create", lambda *args: created.append(args) or YuNet())
+    film(cv2, tmp_path / "me.mp4", hidden=range(30, 45))
+    assert crop(f"{tmp_path / 'me.mp4'} --root {tmp_path} --detector y.onnx --workers 0") == 0
+    assert [args[:2] for args in created] == [("y.onnx", "")]
+    assert set(crops_in(tmp_path / "faces" / "me")) == {*range(1, 31), *range(46, 76)}
