@@ -1185,6 +1185,7 @@ def parse(argv=None):
     parser.add_argument("--detector", default="haar", metavar="FILE",
                         help="for --crop: the file of YuNet, else OpenCV 4's Haar cascade")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="for --crop: processes")
+    parser.add_argument("--face-start", type=float, help="for --check: where image 1 lies, seconds")
     parser.add_argument("--root", help="default: data/<data set>, with -synthetic for a stand-in")
     return parser.parse_args(argv)
 
@@ -1198,7 +1199,7 @@ def main():
             raise UserError("--crop needs --root, the folder to write faces/ into")
         return crop_videos(args.crop, Path(args.root), args.detector, args.workers)
     root = args.root or f"data/{args.check}"
-    source = open_dataset(args.check, root, classes=5, strict=False)
+    source = open_dataset(args.check, root, 5, face_start=args.face_start, strict=False)
     faults = list(source.faults)
     if hasattr(source, "label"):
         print(source.describe())

@@ -2551,6 +2551,7 @@ def test_crop_finds_the_faces_of_a_video_where_and_when_they_are(tmp_path, monke
     out = capsys.readouterr().out
     assert f"   {len(images)} {NAME}\n" in out
     assert out.endswith(f"1 videos, 0 there already, 0 failed; 75 frames, {75 - len(images)} without a face\n")
+    biovid(tmp_path, names=(NAME.replace("BL1", "PA4"),))  # one of full length: the folders are not cut to 2-5 s
     code, lines = run_check("biovid_b", tmp_path, monkeypatch, capsys)
     assert code == 0 and lines[-1] == "0 faults"
 
@@ -2731,7 +2732,7 @@ def test_crop_takes_videos_of_ones_own(tmp_path, monkeypatch, cv2):
     film(cv2, tmp_path / "clips" / "a" / "clip-1.mp4")
     film(cv2, tmp_path / "clips" / "b" / "clip-1.mp4")
     assert crop(f"{me} --root {tmp_path / 'faces-of-me'} --workers 0") == 0
-    source = data.Faces(tmp_path / "faces-of-me" / "faces", dict(dataset="biovid_b", image_size=112, length=1))
+    source = data.Faces(tmp_path / "faces-of-me" / "faces", "biovid_b", 1, 112, 0)
     assert list(source.video) == ["me"] and source.visual(0).shape == (3, 10, 112, 112)
     assert crop(f"{tmp_path / 'clips'} --root {tmp_path} --workers 0") == 0
     assert len(list((tmp_path / "faces").glob("[ab]/clip-1/*.jpg"))) == 150

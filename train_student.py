@@ -382,8 +382,9 @@ def predict(folder, path, args):
             raise UserError(f"{folder}: visual is (N, {found[0]}, {found[1]}), the student was "
                             f"trained on (N, {wanted[0]}, {wanted[1]})")
     else:
-        source = data.Faces(folder, *(settings[k] for k in (
-            "dataset", "length", "image_size", "face_start")))
+        start = settings["face_start"] if args.face_start is None else args.face_start
+        source = data.Faces(folder, settings["dataset"], settings["length"],
+                            settings["image_size"], start)
     index, keep = data.windows(source.video, source.length)
     output = student_output(student, settings, source, index, args, "predict")
 
@@ -646,7 +647,8 @@ def ensure_teachers(dataset, classes, args):
     try:
         settings, source = train_teacher.make_settings(
             dataset, args.root, args.synthetic, amp=args.amp, labelled=args.labelled,
-            folds=args.folds, classes=None if classes == "va" else classes)
+            folds=args.folds, face_start=args.face_start,
+            classes=None if classes == "va" else classes)
         train_teacher.fold_of(source, {**settings, "fold": 1})
     except UserError as error:
         raise NotHere(error) from None

@@ -53,6 +53,8 @@ def add_common_flags(parser):
     add = parser.add_argument
     add("--root", help="the data; default: data/<dataset>")
     add("--synthetic", action="store_true", help="use a synthetic stand-in, written on first use")
+    add("--face-start", type=at_least(0, float), metavar="SECONDS",
+        help="where in BioVid's videos image 1 lies; default 0, or the teacher's")
     add("--seed", type=at_least(0), default=0, help="of weights and batch order; folds stay")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--workers", type=at_least(0), default=2, help="processes that decode files")
@@ -757,8 +759,6 @@ def parse(argv=None):
         "code does, puts a person into training and test; default subjects")
     add("--labelled", type=at_least(1), metavar="N", help="keep the labels of N training samples; "
         "the others are pairs of modalities without a label; default: all labels")
-    add("--face-start", type=at_least(0, float), metavar="SECONDS",
-        help="where in BioVid's videos image 1 lies; default 0")
     add("--clips", dest="length", type=at_least(1),
         help="clips per sample; default: BioVid 1, Affwild2 8")
     add("--fusion", choices=("concat", "jca", "mmt"), help="Fig. 4; default: Table I's")
