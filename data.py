@@ -1,5 +1,5 @@
-"""The data sets as they lie on disk, their spectrograms, the features file, folds and windows, and the
-stand-in.
+"""The data sets as they lie on disk, their spectrograms, the features file, folds and windows, and
+the stand-in.
 
     python data.py --check biovid_b --root data/biovid_b          # counts, and every fault found
     python data.py --synthetic biovid_b --root data/my-stand-in   # a small stand-in, same format
@@ -45,9 +45,10 @@ from tqdm import tqdm
 
 DATASETS = ("biovid_b", "biovid_a", "affwild2", "features")
 NO_LABEL, INVALID = math.nan, -5.0  # valence/arousal without a label: here, and in files
-GATED = "is licence-gated, on request from {}; --synthetic runs without it"
-BIOVID = "BioVid " + GATED.format("https://www.nit.ovgu.de/BioVid.html")
-AFFWILD2 = "Affwild2 " + GATED.format("https://ibug.doc.ic.ac.uk/resources/aff-wild2/")
+BIOVID = ("BioVid is licence-gated, on request from https://www.nit.ovgu.de/BioVid.html; "
+          "--synthetic runs without it")
+AFFWILD2 = ("Affwild2 is licence-gated, on request from "
+            "https://ibug.doc.ic.ac.uk/resources/aff-wild2/; --synthetic runs without it")
 FEATURES = "expected a features file (.npz) with visual (N, L, Dv), privileged (N, L, Dp) and label"
 
 
@@ -111,7 +112,7 @@ class Samples(Dataset):
 
 
 def windows(video, length, dense=False):
-    """Samples of `length` consecutive rows of one video -> index (S, length), keep (S, length) bool.
+    """Samples of `length` consecutive rows of one video -> index, keep, both (S, length).
 
     Tiling by default, the last window aligned to the video's end; dense starts a window at every
     row. keep marks what counts: in a tiling each row exactly once (not again where the last window
@@ -152,7 +153,8 @@ def fold_windows(source, fold, dense=False, folds="subjects", labelled=None):
         whole = label_windows(source, label, dense and name == "train")
         samples.append(whole.take(torch.from_numpy(part == name)[whole.index[:, 0]]))
         if not samples[-1].labelled.any():
-            raise UserError(f"{source.path}: no sample with a label in the {name} part of this fold")
+            raise UserError(f"{source.path}: no sample with a label in the {name} part of this "
+                            "fold; give labels, or take another fold")
     return Fold(*samples)
 
 
@@ -163,14 +165,14 @@ def few_labels(source, train, number, fold):
     samples = label_windows(source, source.label)
     samples = samples.take(train[samples.index[:, 0]] & samples.labelled)
     order = np.random.default_rng(fold).permutation(len(samples.label))
-    classes = source.outputs if source.task == "classification" else 1
-    if not classes <= number <= len(order):
-        raise UserError(f"{source.path}: cannot keep {number} training labels; this fold takes from "
-                        f"{classes} (one a class) to {len(order)} (all there are)")
+    level = samples.label[order].numpy() if samples.label.ndim == 1 else 0 * order
+    classes = np.unique(level)
+    if not len(classes) <= number <= len(order):
+        raise UserError(f"{source.path}: cannot keep {number} training labels; this fold takes "
+                        f"from {len(classes)} (one a class) to {len(order)} (all there are)")
 
-    level = samples.label[order].numpy() if source.task == "classification" else 0 * order
     place = np.empty(len(order))  # where in the order, from 0 to 1; the first of each class at 0
-    for one in np.unique(level):
+    for one in classes:
         rank = np.arange((level == one).sum())
         place[level == one] = np.where(rank == 0, 0, (rank + 0.5) / len(rank))
     kept = samples.take(order[place.argsort(kind="stable")[:number]])
@@ -192,7 +194,8 @@ def parts(source, fold, folds="subjects"):
     group = source.group
     if folds == "clips":
         if source.split is not None:
-            raise UserError(f"{source.path}: has a split of its own; folds over clips need one without")
+            raise UserError(f"{source.path}: has a split of its own, so that there are no folds "
+                            "over clips; leave --folds out")
         group = windows(source.video, source.length)[1].nonzero()[:, 0].numpy()  # a row's sample
     groups = np.random.default_rng(0).permutation(np.unique(group))
     test = np.isin(group, groups[fold - 1::5]) if source.split is None else source.split == "test"
@@ -223,8 +226,9 @@ def scored(source, windows, output):
 
 def image_files(folder, prefix, first=0):
     """Numbers and names of a folder's images, in order; UserError for a number below first."""
-    form = re.compile(prefix + r"(\d{5,9})\.(?:jpe?g|png)", re.IGNORECASE)
-    found = map(form.fullmatch, sorted(os.listdir(folder)) if folder.is_dir() else ())
+    form = prefix + r"(\d{5,9})\.(?:jpe?g|png)"
+    found = (re.fullmatch(form, name, re.IGNORECASE)
+             for name in sorted(os.listdir(folder) if folder.is_dir() else ()))
     names = dict(sorted((int(match[1]), match[0]) for match in found if match))
     if min(names, default=first) < first:
         raise UserError(f"{folder}: its images are numbered from 0, expected from 1; rename "
@@ -243,8 +247,8 @@ def read_frames(folder, names, size):
                 raise ValueError(f"{image.mode} pixels; save it with 8 bits and without alpha")
             pixels = np.array(image.convert("RGB"))
         except Exception as error:  # a damaged file makes Pillow raise any of a dozen kinds
-            raise UserError(f"{folder / name}: not a plain jpg or png ({error}); extract it again or "
-                            "delete it") from None
+            raise UserError(f"{folder / name}: not a plain jpg or png ({error}); extract it again "
+                            "or delete it") from None
         pixels = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
         frames.append(resize(pixels, [size, size], antialias=True))
     return torch.stack(frames, 1)
@@ -291,12 +295,12 @@ def check_images(folder, prefix, faults):
 class BioVid:
     """BioVid Heat Pain, parts A (privileged: EDA) and B (EMG). Section IV-A1.
 
-    root/faces/<subject>/<sample>/img_00001.jpg ...,
-    root/biosignals_filtered/<subject>/<sample>_bio.csv. The label is in the sample's name; 2 classes
-    keep BL1 and PA4. A sample is the window 2.0-5.0 s, cut into `length` clips: visual(row) -> uint8
-    (3, 10, size, size), privileged(row) -> float32 (1, 67, 127) when there is one clip. Image i lies
-    at face_start + (i - 1) / 25 seconds. `faults` lists what is wrong with the folders; reading a
-    file that is wrong raises UserError.
+    root/faces/<subject>/<sample>/img_00001.jpg ..., root/biosignals_filtered/<subject>/
+    <sample>_bio.csv. The label is in the sample's name; 2 classes keep BL1 and PA4. A sample is the
+    window 2.0-5.0 s, cut into `length` clips: visual(row) -> uint8 (3, 10, size, size),
+    privileged(row) -> float32 (1, 67, 127) when there is one clip. Image i lies at
+    face_start + (i - 1) / 25 seconds. `faults` lists what is wrong with the folders; reading a file
+    that is wrong raises UserError.
     """
     task, split = "classification", None
     LEVELS = ("BL1", "PA1", "PA2", "PA3", "PA4")
@@ -309,7 +313,8 @@ class BioVid:
         self.image_size, self.face_start = image_size, face_start
         levels = self.levels(classes)
         self.outputs, self.samples, self.faults, self.strays = len(levels), [], [], []
-        faces = find_folder(self.path, "faces", inside=f"<subject>/<sample>/img_00001.jpg; {BIOVID}")
+        faces = find_folder(self.path, "faces",
+                            inside=f"<subject>/<sample>/img_00001.jpg; {BIOVID}")
         if privileged:
             signals = find_folder(self.path, "biosignals_filtered", "biosignals_raw",
                                   inside=f"<subject>/<sample>_bio.csv; {BIOVID}")
@@ -322,11 +327,11 @@ class BioVid:
             match = re.fullmatch(r"(\d{6}_[mw]_\d\d)/\1-(BL1|PA[1-4])-\d{3}", f"{subject}/{sample}")
             csv = signals / subject / f"{sample}_bio.csv" if privileged else None
             if not match:
-                self.faults.append(f"{folder}: expected a name like 071309_w_21/071309_w_21-BL1-081; "
-                                   "rename or remove it")
+                self.faults.append(f"{folder}: expected a name like 071309_w_21/071309_w_21-BL1-081"
+                                   "; rename or remove it")
             elif csv and not csv.is_file():
-                self.faults.append(f"{csv}: missing, but its face crops are there; extract it again "
-                                   f"or remove {folder}")
+                self.faults.append(f"{csv}: missing, but its face crops are there; extract it "
+                                   f"again or remove {folder}")
             elif match[2] in levels:
                 self.samples.append((folder, csv, levels.index(match[2])))
         if not self.samples and not self.faults:
@@ -385,22 +390,22 @@ def clip_span(clip, length):
 
 
 def expect_whole_videos(folders, where):
-    """Raises UserError if no folder has images beyond 3.2 s: they are cut, and do not begin at 0 s."""
+    """Raises UserError if no folder has images beyond 3.2 s: those are cut, and begin later."""
     last = 0
     for folder in folders:
         last = image_files(folder, "img_")[0].max(initial=last)
         if last > 80:
             return
     if last:
-        raise UserError(f"{where}: no image beyond number 80, expected some 138 from 0 to 5.5 s; say "
-                        "with --face-start at which second image 1 lies (2 if cut to 2-5 s)")
+        raise UserError(f"{where}: no image beyond number 80, expected some 138 from 0 to 5.5 s; "
+                        "say with --face-start when image 1 was taken (2 if cut to 2-5 s)")
 
 
 def pain_frames(folder, begin, end, face_start=None):
     """Names of BioVid.FRAMES equally spaced ones of the images from begin to end seconds.
 
-    Image 1 lies at face_start, 0 s by default. A clip without an image takes the one of the sample's
-    window that is nearest to its middle.
+    Image 1 lies at face_start, 0 s by default. A clip without an image takes the one of the
+    sample's window that is nearest to its middle.
     """
     numbers, names = image_files(folder, "img_", first=face_start is None)
     seconds = (face_start or 0) + (numbers - 1) / BioVid.VIDEO_FPS
@@ -415,8 +420,8 @@ def pain_frames(folder, begin, end, face_start=None):
 
 
 def read_biosignal(path, column, begin, end):
-    """One column of a BioVid csv from `begin` s on: (end - begin) * 512 values, found by their time."""
-    count, slack = round((end - begin) * BioVid.RATE), 2e6 / BioVid.RATE  # two rows, in microseconds
+    """One column of a BioVid csv from `begin` s on, found by time: (end - begin) * 512 values."""
+    count, slack = round((end - begin) * BioVid.RATE), 2e6 / BioVid.RATE  # us: two rows
     time, values = read_table(path, "\t", ["time", column]).T
     rows = np.flatnonzero(time >= begin * 1e6)[:count]
     time, values = time[rows], values[rows]
@@ -442,13 +447,12 @@ def pain_spectrogram(values):
 class Affwild2:
     """Affwild2 as ABAW distributes it for valence and arousal; privileged: audio. IV-A, IV-B2.
 
-    root/cropped_aligned/<video>/00001.jpg ...,
-    root/annotations/VA_Estimation_Challenge/{Train_Set,Validation_Set}/<video>.txt,
-    root/audio/<video without _left/_right>.wav, optional root/fps.txt. A row is a clip of 32 frames;
-    clips tile the video, the last one aligned to its end. visual(row) -> uint8 (3, 8, size, size),
-    privileged(row) -> float32 (1, 64, 107), label = its last frame's. frame_label (T, 2) and
-    frame_row (T,) hold each labelled frame of the data set once, with the row whose prediction holds
-    for it.
+    root/cropped_aligned/<video>/00001.jpg ..., root/annotations/VA_Estimation_Challenge/
+    {Train_Set,Validation_Set}/<video>.txt, root/audio/<video without _left/_right>.wav, optional
+    root/fps.txt. A row is a clip of 32 frames; clips tile the video, the last one aligned to its
+    end. visual(row) -> uint8 (3, 8, size, size), privileged(row) -> float32 (1, 64, 107), label =
+    its last frame's. frame_label (T, 2) and frame_row (T,) hold each labelled frame of the data set
+    once, with the row whose prediction holds for it.
     """
     task, outputs = "regression", 2
     CLIP, EVERY, LENGTH = 32, 4, 8
@@ -496,7 +500,7 @@ class Affwild2:
         self.frame_label, self.frame_row = label[known], row[known]
 
     def _find_crops(self):
-        """{video: folder of its images}; the archives unpack to one level or two, in several parts."""
+        """{video: folder of its images}; there are several archives, of one level or two."""
         find_folder(self.path, "cropped_aligned", inside=f"<video>/00001.jpg; {AFFWILD2}")
         crops = {}
         for path in sorted(path for level in ("*", "batch*/*", "cropped_aligned*/*")
@@ -504,7 +508,7 @@ class Affwild2:
             if not path.is_dir() or re.match(r"[._]|batch\d*$|cropped_aligned", path.name):
                 continue
             if crops.setdefault(path.name, path) != path:
-                self.faults.append(f"{path}: the same video as {crops[path.name]}; keep one of them")
+                self.faults.append(f"{path}: the same video as {crops[path.name]}; keep one")
         return crops
 
     def _find_annotations(self):
@@ -519,22 +523,16 @@ class Affwild2:
         return Path(sets[0])
 
     def _read_fps(self, known):
-        """Frame rates from fps.txt, by the video that a name is of, with or without its ending."""
-        path, line = self.path / "fps.txt", ""
-        if not path.exists():
-            return
-        try:
-            for line in filter(str.strip, path.read_text(encoding="utf-8-sig").splitlines()):
-                name, rate = line.rsplit(None, 1)
-                over, _, under = rate.partition("/")  # 30000/1001
-                rate = float(over) / float(under or 1)
-                name = sound_name(re.sub(r"\.(mp4|avi|mov|mkv|webm)$", "", name.strip(), flags=re.I))
-                if not 1 <= rate <= 1000 or name not in known or self.fps.get(name, rate) != rate:
-                    raise ValueError
-                self.fps[name] = rate
-        except (ValueError, ZeroDivisionError):
-            raise UserError(f"{path}: expected lines '<video> <frames per second>', one a video that "
-                            f"is there, not {line[:60]!r}") from None
+        """Frame rates from fps.txt; a video's ending may be there, a rate be 30000/1001."""
+        path = self.path / "fps.txt"
+        text = path.read_text("utf-8-sig", errors="replace") if path.exists() else ""
+        for line in filter(str.strip, text.splitlines()):
+            match = re.fullmatch(r"(.+?)(?:_left|_right)?(?:\.(?:mp4|avi|mov|mkv|webm))?"
+                                 r"\s+([1-9]\d*(?:\.\d+)?)(?:/([1-9]\d*))?\s*", line, re.IGNORECASE)
+            rate = match and float(match[2]) / int(match[3] or 1)
+            if not match or match[1] not in known or self.fps.setdefault(match[1], rate) != rate:
+                raise UserError(f"{path}: expected lines '<video> <frames per second>', one for "
+                                f"a video that is there, not {line[:60]!r}")
 
     def _check_sound(self, video, frames):
         rate, sound = read_wav(self.wav(video))
@@ -582,9 +580,6 @@ def affect_clips(folder, frames=None):
     numbers, names = image_files(folder, "", first=1)
     last = numbers.max(initial=0)
     frames = last if frames is None else frames
-    if last > frames + 2:
-        raise UserError(f"{folder}: image {last:05d}, but its annotation has {frames} rows; they are "
-                        "not of the same video")
     clips = []
     for end in [*range(Affwild2.CLIP, frames, Affwild2.CLIP), frames]:
         near = (numbers > end - Affwild2.CLIP) & (numbers <= end)
@@ -592,9 +587,10 @@ def affect_clips(folder, frames=None):
             wanted = end - np.arange(Affwild2.CLIP - Affwild2.EVERY, -1, -Affwild2.EVERY)
             gap = np.abs(numbers[near] - wanted[:, None])  # (8, images)
             clips.append((end, names[near][gap.argmin(1)]))
-    if not clips or frames < Affwild2.CLIP:
-        raise UserError(f"{folder}: {len(names)} images <5 digits>.jpg of {frames} frames, a clip is "
-                        f"{Affwild2.CLIP}; extract it again or remove it and its annotation")
+    if not clips or frames < Affwild2.CLIP or last > frames + 2:
+        raise UserError(f"{folder}: {len(names)} images <5 digits>.jpg up to number {last} do not "
+                        f"fit {frames} frames ({Affwild2.CLIP} or more); extract it again, or "
+                        "remove it and its annotation")
     return clips
 
 
@@ -606,7 +602,7 @@ def nearest_clip(ends, frames):
 
 
 def sound_name(video):
-    """Two faces of a video, <video>_left and <video>_right, share its sound and stay in one group."""
+    """The faces <video>_left and <video>_right share the video's sound, and stay in one group."""
     return re.sub("_(left|right)$", "", video)
 
 
@@ -630,9 +626,9 @@ def read_wav(path):
             raise ValueError(f"{sound.size} samples of {sound.dtype} at {rate} Hz")
     except Exception as error:  # a damaged header makes scipy raise any of a dozen kinds
         raise UserError(f"{path}: missing or not a wav that can be used ({error}); make it with "
-                        f"ffmpeg -i <video>.mp4 -ac 1 -ar {SOUND_RATE} {path.name}, or for a silent "
-                        f"video ffmpeg -f lavfi -i anullsrc -ac 1 -ar {SOUND_RATE} -t <seconds> "
-                        f"{path.name}") from None
+                        f"ffmpeg -i <video>.mp4 -ac 1 -ar {SOUND_RATE} {path.name}, or for a "
+                        f"silent video ffmpeg -f lavfi -i anullsrc -ac 1 -ar {SOUND_RATE} "
+                        f"-t <seconds> {path.name}") from None
     return rate, sound
 
 
@@ -640,7 +636,7 @@ SOUND_RATE, SOUND_SAMPLES = 44100, 47040  # 1.067 s: a clip's 32 frames at 30 fp
 
 
 def read_sound(path, end):
-    """SOUND_SAMPLES mono samples at 44.1 kHz that end at `end` s, zeros outside the file -> float32."""
+    """The SOUND_SAMPLES mono float32 at 44.1 kHz that end at `end` s, zeros outside the file."""
     rate, sound = read_wav(path)
     stop = round(end * rate)
     start = stop - math.ceil(SOUND_SAMPLES * rate / SOUND_RATE)
@@ -648,8 +644,8 @@ def read_sound(path, end):
     if piece.dtype.kind == "i":
         piece = piece / -float(np.iinfo(piece.dtype).min)
     if not np.isfinite(piece).all():
-        raise UserError(f"{path}: holds NaN or infinity before {end:.2f} s; make it again with ffmpeg "
-                        f"-ac 1 -ar {SOUND_RATE}")
+        raise UserError(f"{path}: holds NaN or infinity before {end:.2f} s; make it again with "
+                        f"ffmpeg -ac 1 -ar {SOUND_RATE}")
     piece = piece.mean(1) if piece.ndim == 2 else piece
     piece = np.pad(piece, (max(-start, 0), stop - max(start, 0) - len(piece)))
     divisor = math.gcd(rate, SOUND_RATE)
@@ -659,7 +655,7 @@ def read_sound(path, end):
 
 @cache
 def mel_filters():
-    """(64, 513): triangles of height 1, evenly spaced up to half the rate in 2595 log10(1 + f / 700)."""
+    """(64, 513) triangles of height 1, evenly spaced to rate / 2 in 2595 log10(1 + f / 700)."""
     top = SOUND_RATE / 2
     corners = np.linspace(0, 2595 * np.log10(1 + top / 700), 64 + 2)
     corners = 700 * (10 ** (corners / 2595) - 1)[:, None]  # Hz
@@ -670,7 +666,7 @@ def mel_filters():
 
 
 def log_mel(sound):
-    """47,040 samples at 44.1 kHz -> float32 (1, 64, 107) dB, floor 80 dB below the maximum. IV-B2."""
+    """47,040 samples -> float32 (1, 64, 107) dB, floor 80 dB below the maximum. Section IV-B2."""
     spectrum = torch.stft(torch.from_numpy(sound), n_fft=1024, hop_length=441, win_length=882,
                           window=torch.hann_window(882), pad_mode="constant", return_complex=True)
     db = 10 * (mel_filters() @ spectrum.abs().square()).clamp_min(1e-10).log10()  # (64, 107)
@@ -680,8 +676,8 @@ def log_mel(sound):
 class Faces:
     """Face crops alone, for prediction: every folder with images in `folder`, itself included.
 
-    Images are named as in the data set. `video` and `name` say what a row is of; `faults` has a line
-    for each folder whose images cannot be used. UserError if there is nothing that can.
+    Images are named as in the data set. `video` and `name` say what a row is of; `faults` has a
+    line for each folder whose images cannot be used. UserError if there is nothing that can.
     """
 
     def __init__(self, folder, dataset, length, image_size, face_start=None):
@@ -699,8 +695,8 @@ class Faces:
                     for clip in range(length)]
                 rows += [(video, f"{video}/{number:05d}", (one, names)) for number, names in clips]
         if not rows:
-            raise UserError((self.faults or [f"{folder}: no images there; expected face crops (jpg or "
-                                             f"png), named as in {dataset}"])[0])
+            raise UserError((self.faults or [f"{folder}: no images there; expected face crops (jpg "
+                                             f"or png), named as in {dataset}"])[0])
         video, name, self.images = zip(*rows, strict=True)
         self.video, self.name = np.array(video), np.array(name)
 
@@ -726,10 +722,10 @@ class Features:
 
     label: int (N,), -1 where there is none; or float (N, 2) or (N, L, 2), valence and arousal, -5
     where there is none. Optional: group, split ("train" or "test") and name, all (N,); with L = 1
-    also video (N,), whose consecutive samples are a sequence; and, as stage 2 writes them, the labels
+    also video (N,), whose consecutive samples are a sequence; and, as stage 2 writes them, labels
     frame_label (T, 2) of single frames with frame_row (T,), the row whose prediction holds for it.
-    `rows["visual"]` and `rows["privileged"]` are the (N * L, D) tensors. length: rows a window, L if
-    None. Raises UserError for whatever does not fit.
+    `rows["visual"]` and `rows["privileged"]` are the (N * L, D) tensors. length: rows a window, L
+    if None. Raises UserError for whatever does not fit.
     """
 
     faults = ()
@@ -757,12 +753,12 @@ class Features:
                                 f"whole numbers ({count},): write it with .astype(str)")
             setattr(self, key, np.repeat(array, clips))
         self.length, self.name = length or clips, self.name.astype(str)
-        self.backbones = str(arrays.get("backbones", ""))  # whose weights stage 2 made the file with
+        self.backbones = str(arrays.get("backbones", ""))  # whose features they are, from stage 2
         if self.split is not None:
             self._check_split()
         if clips > 1 and len(np.unique(self.video)) < count:
-            raise UserError(f"{path}: video joins samples of {clips} clips; write one clip a sample, "
-                            "(N, 1, D), or leave video out")
+            raise UserError(f"{path}: video joins samples of {clips} clips; write one clip a "
+                            "sample, (N, 1, D), or leave video out")
 
         if labelled:
             self.label = torch.from_numpy(self._read_label(arrays["label"], count, clips))
@@ -770,7 +766,7 @@ class Features:
             self.frame_row, self.frame_label = (torch.from_numpy(arrays[key])
                                                 for key in ("frame_row", "frame_label"))
         elif labelled:
-            self.frame_row = (self.label >= -1).view(len(self.label), -1).all(1).nonzero()[:, 0]
+            self.frame_row = self.label.isfinite().view(len(self.label), -1).all(1).nonzero()[:, 0]
             self.frame_label = self.label[self.frame_row]
 
     def _check_split(self):
@@ -778,8 +774,8 @@ class Features:
             raise UserError(f"{self.path}: split holds {str(set(self.split))[:60]}; expected train "
                             "and test")
         both = np.intersect1d(*(self.group[self.split == part] for part in ("train", "test")))
-        if len(both) and not self.backbones:  # stage 2 repeats the split that the data set came with
-            raise UserError(f"{self.path}: group {both[0]} is in both splits; give each group to one")
+        if len(both) and not self.backbones:  # stage 2's is the split that the data set came with
+            raise UserError(f"{self.path}: group {both[0]} is in both splits; give it to one")
 
     def _read_label(self, label, count, clips):
         """Sets task and outputs; a label for each row, (N * L,) or (N * L, 2)."""
@@ -791,14 +787,14 @@ class Features:
                                 "more from 0 on, leaving none out, and write -1 for no label")
             return np.repeat(label.astype(np.int64), clips)
 
-        if label.dtype.kind != "f" or label.shape not in ((count, 2), (count, clips, 2)):
-            raise UserError(f"{self.path}: label is {label.dtype} {label.shape}, expected int "
-                            f"({count},), or float ({count}, 2) or ({count}, {clips}, 2)")
-        if not np.isfinite(label).all():
-            raise UserError(f"{self.path}: label holds NaN or infinity; mark what has none with -5")
+        if (label.dtype.kind != "f" or label.shape not in ((count, 2), (count, clips, 2))
+                or not np.isfinite(label).all()):
+            raise UserError(f"{self.path}: label is {label.dtype} {label.shape} or holds NaN; "
+                            f"expected int ({count},), -1 for none, or float ({count}, 2) or "
+                            f"({count}, {clips}, 2), -5 for none")
         if label.any() and np.isin(label, (0, 1)).all():
-            raise UserError(f"{self.path}: label holds 0 and 1 alone, no valence and arousal; write "
-                            "classes as label.argmax(1)")
+            raise UserError(f"{self.path}: label holds 0 and 1 alone, no valence and arousal; "
+                            "write classes as label.argmax(1)")
         self.task, self.outputs = "regression", 2
         label = label.reshape(count, -1, 2).astype(np.float32)
         label = np.broadcast_to(label, (count, clips, 2)).reshape(-1, 2).copy()
@@ -829,17 +825,16 @@ def read_arrays(path, needed, skip):
             for key in sorted({*needed, *file.files} - {*skip}):
                 arrays[key] = file[key]
     except Exception:  # zip, zlib, numpy's header parser: each has errors of its own
-        raise UserError(f"{path}: {key!r} is missing, damaged, or of Python objects: then write it with "
-                        f".astype(str), or .astype(np.float32); {FEATURES}") from None
+        raise UserError(f"{path}: {key!r} is missing, damaged, or of Python objects: then write it "
+                        f"with .astype(str), or .astype(np.float32); {FEATURES}") from None
     return arrays
 
 
 def save_features(path, arrays):
     """Write a features file; in the file a missing valence/arousal label is -5, never NaN."""
-    if np.issubdtype(arrays["label"].dtype, np.floating):
-        arrays = {**arrays, "label": np.nan_to_num(arrays["label"], nan=INVALID)}
+    label = np.nan_to_num(arrays["label"], nan=INVALID)
     with replacing(path) as part:
-        np.savez(part, **arrays)
+        np.savez(part, **{**arrays, "label": label})
 
 
 @contextmanager
@@ -857,8 +852,8 @@ def replacing(path):
         yield part
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
-        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}); free some space "
-                        "or give another place") from None
+        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}); free some "
+                        "space or give another place") from None
     finally:
         clear()
 
@@ -877,15 +872,16 @@ def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileg
     else:
         source = BioVid(root, dataset, classes, length or 1, image_size, privileged, face_start)
     if source.faults and strict:
-        more = f" (and {len(source.faults) - 1} more: python data.py --check {dataset} --root {root})"
-        raise UserError(source.faults[0] + more * (len(source.faults) > 1))
+        more = len(source.faults) - 1
+        hint = f" (and {more} more: python data.py --check {dataset} --root {root})"
+        raise UserError(source.faults[0] + hint * (more > 0))
     return source
 
 
-# The stand-in: a hidden intensity drives face and signal, each with noise of its own. NOISE (standard
-# deviations, visual and privileged, of an intensity that runs from 0 to 1) was set once, on the scores
-# of single modalities and of their fusion, to come out in Table I's order; no student and no
-# distillation method was looked at.
+# The stand-in: a hidden intensity drives face and signal, each with noise of its own. NOISE
+# (standard deviations, visual and privileged, of an intensity that runs from 0 to 1) was set once,
+# on the scores of single modalities and of their fusion, to come out in Table I's order; no student
+# and no distillation method was looked at.
 NOISE = {"biovid_a": (0.60, 0.20), "biovid_b": (0.60, 0.45), "affwild2": (0.25, 0.60)}
 SUBJECTS, REPEATS, VIDEOS, FACE = 24, 8, 32, 56
 
@@ -941,7 +937,8 @@ def write_jpegs(folder, pattern, faces, keep, scale=1):
 
 def write_biovid(dataset, root, rng):
     noise_v, noise_p = NOISE[dataset]
-    header = "time\tgsr\tecg\temg_trapezius\t emg_corrugator\temg_zygomaticus"  # a blank, as in real ones
+    # real headers carry blanks, too
+    header = "time\tgsr\tecg\temg_trapezius\t emg_corrugator\temg_zygomaticus"
     for person in tqdm(range(SUBJECTS), disable=None):
         subject = f"{person + 1:02d}0109_{'mw'[person % 2]}_{20 + person}"
         identity, gain = rng.uniform(-1, 1, 8), rng.normal(1, 0.15)
@@ -1211,7 +1208,7 @@ def main():
 
 
 def run(main):
-    """Call main; what the user can mend ends in one line on stderr and exit code 2, Ctrl-C in 130."""
+    """Call main; what the user can mend is one line on stderr and exit code 2 (Ctrl-C: 130)."""
     code = 2
     try:
         try:
@@ -1225,12 +1222,13 @@ def run(main):
             line += "; mend it or give another path"
             sys.stdout = open(os.devnull, "w")  # what it still holds must not fail again at exit
     except RuntimeError as error:
-        if not re.search(r"shared memory|</torch_|DataLoader worker .* (killed|exited)", str(error)):
+        if not re.search("shared memory|</torch_|DataLoader worker .* (killed|exited)", str(error)):
             raise
-        line = ("a process that loads data died, probably for lack of shared memory; use --workers 0 "
-                "(in Docker also: --shm-size 8g)")
+        line = ("a process that loads data died, probably for lack of shared memory; use --workers "
+                "0 (in Docker also: --shm-size 8g)")
     except KeyboardInterrupt:
-        line, code = "interrupted; training goes on with --resume, all else with the same command", 130
+        line = "interrupted; training goes on with --resume, all else with the same command"
+        code = 130
     print("error: " * (code == 2) + line, file=sys.stderr)
     sys.exit(code)
 

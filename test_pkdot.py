@@ -887,7 +887,8 @@ def test_clips_of_a_biovid_sample_share_its_span_and_label(tmp_path):
     assert data.windows(source.video, 4)[0].tolist() == [[0, 1, 2, 3]] and source.label.tolist() == [0] * 4
 
 
-@pytest.mark.parametrize("present", [range(1, 139), [*range(1, 60), *range(90, 139)], [30, 80, 130], [*range(51, 61), 131]])
+@pytest.mark.parametrize("present", [
+    range(1, 139), [*range(1, 60), *range(90, 139)], [30, 80, 130], [*range(51, 61), 131]])
 def test_ten_equally_spaced_of_the_frames_present_from_2_to_5_s(tmp_path, present):
     source = data.open_dataset("biovid_b", biovid(tmp_path, frames=present), privileged=False, image_size=16)
     within = [i for i in present if 2 <= (i - 1) / 25 < 5]
@@ -974,7 +975,7 @@ def square(kind, path):
         more = dict(exif=(exif := Image.Exif()))
         exif[0x0112] = 6
     elif kind == "animated":
-        more = dict(save_all=True, append_images=[Image.new("RGB", (8, 8), "red")], default_image=False)
+        more = dict(save_all=True, append_images=[Image.new("RGB", (8, 8), "red")])
     elif kind == "progressive":
         more = dict(progressive=True)
     form = "GIF" if kind == "gif" else "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG"
@@ -1070,7 +1071,9 @@ BIO_FAULTS = {  # what to do to a good tree, and the path that the message must 
     "binary": (lambda root: (root / BIO).write_bytes(bytes(range(256))), BIO),
     "short": (lambda root: bio_csv(root / BIO, rows=2000), BIO),
     "256 Hz": (lambda root: set_times(root, lambda t: 2 * t), BIO),
-    "1024 Hz": (lambda root: set_times(root, lambda t: t / 2), BIO),
+    "1024 Hz": (lambda root: [bio_csv(root / BIO, rows=5632), set_times(root, lambda t: t / 2)], BIO),
+    "one repeated": (lambda root: set_times(root, lambda t: np.where(t == t[1300], t[1299], t)), BIO),
+    "two exchanged": (lambda root: set_times(root, lambda t: t[[*range(1300), 1301, 1300, *range(1302, len(t))]]), BIO),
     "500 Hz": (lambda root: set_times(root, lambda t: t * 1.024), BIO),
     "seconds": (lambda root: set_times(root, lambda t: t / 1e6), BIO),
     "backwards": (lambda root: set_times(root, lambda t: t[::-1]), BIO),
@@ -1201,10 +1204,12 @@ def test_crops_are_found_in_each_archives_folders(tmp_path):
 
 
 @pytest.mark.parametrize("lines, rate", [
-    ("one 25", 25), ("duo 25", 25), ("duo_left 25", 25), ("\ufeffone 25\n", 25), ("one.mp4\t25", 25), ("one.AVI 25", 25),
-    ("one 30000/1001", 30000 / 1001), ("one  29.97", 29.97), ("duo_left 25\nduo_right 25", 25), ("", 30), ("spare 25", 30),
+    ("one 25", 25), ("duo 25", 25), ("duo_left 25", 25), ("\ufeffone 25\n", 25), ("one.mp4\t25", 25),
+    ("one.AVI 25", 25), ("one 30000/1001", 30000 / 1001), ("one  29.97", 29.97), ("duo_left 25\nduo_right 25", 25),
+    ("", 30), ("spare 25", 30),
     ("two 25", None), ("one.txt 25", None), ("one", None), ("one 25 x", None), ("one 30/0", None), ("one inf", None),
-    ("one 1e-300", None), ("one 1e400", None), ("one -25", None), ("one 25/", 25), ("duo_left 25\nduo_right 30", None),
+    ("one 1e-300", None), ("one 1e400", None), ("one -25", None), ("one 25/", None),
+    ("duo_left 25\nduo_right 30", None),
     ("one,25", None), (b"\xff\xfe\x00", None)])
 def test_a_line_of_fps_txt_names_a_video_or_is_an_error(tmp_path, lines, rate):
     for video in ("one", "duo_left", "duo_right"):
@@ -1341,7 +1346,8 @@ def test_folds_over_clips_put_a_person_into_train_and_test_and_test_each_clip_on
         clips = [set(video[samples.index[:, 0]]) for samples in fold]
         assert [len(c) for c in clips] == [42, 6, 12] and len(set.union(*clips)) == 60
         assert in_part(fold.test, source) & in_part(fold.train, source)
-        assert not in_part(data.fold_windows(source, 1).test, source) & in_part(data.fold_windows(source, 1).train, source)
+        whole = data.fold_windows(source, 1)
+        assert not in_part(whole.test, source) & in_part(whole.train, source)
     source.split = np.where(video < 30, "train", "test")
     with pytest.raises(UserError, match="^x: has a split of its own"):
         data.fold_windows(source, 1, folds="clips")
@@ -1576,7 +1582,8 @@ def test_check_lists_every_affwild2_fault_and_strays_do_not_stop_loading(tmp_pat
     write(tmp_path / "cropped_aligned/image/00001.jpg", "no jpg")
     code, lines = run_check("affwild2", tmp_path, monkeypatch, capsys)
     wrong = [tmp_path / "cropped_aligned" / c for c in ("stray", "crops", "image/00001.jpg")]
-    wrong += [tmp_path / "audio/sound.wav", tmp_path / "audio/empty.wav", texts / "text.txt", tmp_path / "cropped_aligned/short"]
+    wrong += [tmp_path / "audio/sound.wav", tmp_path / "audio/empty.wav", texts / "text.txt"]
+    wrong += [tmp_path / "cropped_aligned/short"]
     assert code == 2 and sorted(line.split(": ")[0] for line in lines[1:-1]) == sorted(map(str, wrong))
     assert lines[-1] == "7 faults"
     with pytest.raises(UserError, match=r"4 more: python data.py --check affwild2 --root"):
@@ -1669,10 +1676,11 @@ def test_features_file_round_trip(tmp_path, label, task, outputs):
 
 def test_features_leave_invalid_labels_out_of_the_frames(tmp_path):
     label = np.zeros((6, 2, 2), np.float32)
-    label[1, 0, 1], label[4] = -5, -5
+    label[1, 0, 1], label[4], label[5] = -5, -5, -3  # -3 is a value like any other
     data.save_features(tmp_path / "f.npz", arrays(label=label))
     source = data.Features(tmp_path / "f.npz")
-    assert source.frame_row.tolist() == [0, 1, 3, 4, 5, 6, 7, 10, 11] and (source.frame_label == 0).all()
+    assert source.frame_row.tolist() == [0, 1, 3, 4, 5, 6, 7, 10, 11]
+    assert source.frame_label.tolist() == 7 * [[0, 0]] + 2 * [[-3, -3]]
     assert source.label.isnan().any(1).nonzero()[:, 0].tolist() == [2, 8, 9]
     data.save_features(tmp_path / "f.npz", arrays(label=source.label.view(6, 2, 2).numpy()))
     assert np.array_equal(np.load(tmp_path / "f.npz")["label"].min((1, 2)) == -5, np.arange(6) % 3 == 1)
@@ -1734,7 +1742,8 @@ NAN = np.full((6, 2, 3), np.nan, np.float32)
 @pytest.mark.parametrize("changes, names", [
     (dict(visual=NAN), "visual is .* NaN"), (dict(privileged=NAN), "privileged is .* NaN"),
     (dict(visual=None), "'visual'"), (dict(privileged=None), "'privileged'"), (dict(label=None), "'label'"),
-    (dict(visual=np.zeros((6, 3))), r"visual is float64 \(6, 3\)"), (dict(visual=np.zeros((6, 2, 3), int)), "visual is int64"),
+    (dict(visual=np.zeros((6, 3))), r"visual is float64 \(6, 3\)"),
+    (dict(visual=np.zeros((6, 2, 3), int)), "visual is int64"),
     (dict(privileged=np.zeros((5, 2, 3))), r"privileged is float64 \(5, 2, 3\)"), (dict(label=NAN[..., :2]), "NaN"),
     (dict(label=np.zeros(5, int)), r"label is int64 \(5,\)"), (dict(label=np.zeros(6, int)), r"are \[0\]"),
     (dict(label=np.arange(6) - 2), r"are \[-2, 0"), (dict(label=np.arange(6) * 2), r"are \[0, 2, 4"),
@@ -1742,8 +1751,10 @@ NAN = np.full((6, 2, 3), np.nan, np.float32)
     (dict(label=np.zeros((6, 3))), r"\(6, 3\)"),
     (dict(label=np.array(["a"] * 6)), "<U1"), (dict(group=np.arange(5)), r"group is int64 \(5,\)"),
     (dict(split=np.array(["train", "dev"] * 3)), "dev"), (dict(split=np.arange(6)), "split holds"),
-    (dict(split=np.array(["train", "test"] * 3)), "group 0 is in both splits"), (dict(visual=np.full((6, 2, 3), 1e39)), "NaN"),
-    (dict(label=np.eye(2)[[0, 1, 1, 0, 1, 0]]), "argmax"), (dict(name=np.array([{}] * 6)), "'name' .*Python objects.*astype")])
+    (dict(split=np.array(["train", "test"] * 3)), "group 0 is in both splits"),
+    (dict(visual=np.full((6, 2, 3), 1e39)), "NaN"),
+    (dict(label=np.eye(2)[[0, 1, 1, 0, 1, 0]]), "argmax"),
+    (dict(name=np.array([{}] * 6)), "'name' .*Python objects.*astype")])
 def test_features_that_do_not_fit_are_one_line(tmp_path, changes, names):
     np.savez(tmp_path / "f.npz", **arrays(**changes))
     with pytest.raises(UserError, match=names) as error:
@@ -1789,7 +1800,8 @@ def test_faces_of_a_folder_or_of_folders_need_no_label(tmp_path):
     assert faces.visual(1).shape == (3, 10, 24, 24) and set(grays(faces.visual(0))) == {51, 125}
     assert len(data.Faces(tmp_path / "pain" / "p1", *pain).name) == 1
     faces = data.Faces(tmp_path / "affect", *affect)
-    assert faces.name.tolist() == ["v/00032", "v/00040"] and [grays(faces.visual(i)) for i in (0, 1)] == [[1] * 8, [40] * 8]
+    assert faces.name.tolist() == ["v/00032", "v/00040"]
+    assert [grays(faces.visual(i)) for i in (0, 1)] == [[1] * 8, [40] * 8]
     (tmp_path / "none").mkdir()
     for folder, settings in (("none", pain), ("missing", pain), ("pain/p1", affect)):
         with pytest.raises(UserError) as error:
@@ -1814,7 +1826,8 @@ def test_every_folder_with_images_is_predicted_or_named(tmp_path, monkeypatch):
     for folder in (top, Path(".")):
         faces = data.Faces(folder, "affwild2", 8, 16)
         assert list(dict.fromkeys(faces.video)) == ["top", "a", "b/deep", "link"]
-        assert faces.name[:2].tolist() == ["top/00032", "top/00040"] and grays(faces.visual(7)) == [12, 16, 20, 24, 28, 32, 36, 40]
+        assert faces.name[:2].tolist() == ["top/00032", "top/00040"]
+        assert grays(faces.visual(7)) == [12, 16, 20, 24, 28, 32, 36, 40]
         named = [line.split(": ")[0] for line in faces.faults]
         assert named == [str(folder / name) for name in ("from 0", "kind", "named", "short")]
         assert not any("\n" in line for line in faces.faults)
@@ -1840,7 +1853,11 @@ class Broken(SimpleNamespace):
 
 def from_worker(act):
     samples = data.Samples(Broken(act=act), "visual", torch.zeros(1, 1, dtype=torch.long))
-    return list(torch.utils.data.DataLoader(samples, num_workers=1))
+    batches = iter(torch.utils.data.DataLoader(samples, num_workers=1))
+    try:
+        next(batches)
+    finally:
+        batches._shutdown_workers()  # now, not when the exception is collected
 
 
 def refuse(error):
@@ -1849,7 +1866,8 @@ def refuse(error):
 
 @pytest.mark.parametrize("worker", [False, True])
 @pytest.mark.parametrize("act, message", [
-    (lambda tmp: refuse(UserError("a.npz: is damaged (SomeError: 3); mend it")), r"a.npz: is damaged \(SomeError: 3\); mend it"),
+    (lambda tmp: refuse(UserError("a.npz: is damaged (SomeError: 3); mend it")),
+     r"a.npz: is damaged \(SomeError: 3\); mend it"),
     (lambda tmp: open(tmp / "none" / "a"), r"\[Errno 2\].*{tmp}/none/a.*; mend it or give another path"),
     (lambda tmp: os.makedirs(tmp / "file" / "runs"), r"\[Errno 20\].*{tmp}/file/runs.*another path"),
     (lambda tmp: refuse(OSError(28, "No space left on device")), r"\[Errno 28\] No space left on device; .*"),
@@ -1861,7 +1879,9 @@ def test_what_a_user_or_the_system_spoils_is_one_line_also_out_of_a_worker(tmp_p
     assert code == 2 and re.fullmatch(f"error: {message}\n".replace("{tmp}", str(tmp_path)), shown)
 
 
-def test_a_killed_worker_and_an_interrupt_are_one_line_and_a_fault_of_the_programme_is_not(capsys):
+def test_a_killed_worker_and_an_interrupt_are_one_line_and_a_fault_of_the_programme_is_not(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # for its core file, where the system writes one
     code, shown = ends(lambda: from_worker(lambda: os.kill(os.getpid(), signal.SIGBUS)), capsys)
     assert code == 2 and re.fullmatch("error: .*--workers 0.*--shm-size.*\n", shown)
     code, shown = ends(lambda: refuse(KeyboardInterrupt()), capsys)
@@ -1877,7 +1897,8 @@ def test_output_that_cannot_be_written_is_one_line(closed, lines):
     os.close(read)
     with open(pipe if closed == "Broken pipe" else "/dev/full", "w") as stdout:
         done = subprocess.run([sys.executable, "-c", f"import data; data.run(lambda: print('x\\n' * {lines}))"],
-                              stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=Path(data.__file__).parent)
+                              env=os.environ | {"PYTHONUNBUFFERED": ""}, cwd=Path(data.__file__).parent,
+                              stdout=stdout, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and re.fullmatch(f"error: .*{closed}.*\n", done.stderr)
 
 
