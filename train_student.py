@@ -59,15 +59,15 @@ METHODS = {
     "none": lambda s, t, args: s.z.new_zeros(())}
 
 
-def distil(path, args, keep_student=True, watch=None):
-    """Stage 3 of one fold: a student of the teacher at path; returns the results line it appends.
+def distil(teacher, args, keep_student=True, watch=None):
+    """Stage 3 of one fold: a student of a teacher (`open_teacher`); returns the results line that
+    it appends.
 
     args: the parsed flags. watch(epoch, predict), if given, is called before the first epoch and
     after each; predict(windows, "z") is the student's z (S, m) of them.
     """
     # prepare: the teacher's answers to all windows, the student, what it sees
-    begin, run, device = time.time(), path.parent, args.device
-    teacher = load(path, "teacher")
+    begin, run, device = time.time(), teacher["path"].parent, args.device
     choice, settings = identity(args, teacher), teacher["settings"]
     saved_as = {**settings, **{f"student_{key}": value for key, value in choice.items()}}
     finished, progress = (run / f"student-{args.method}.{end}" for end in ("pt", "progress"))
@@ -76,11 +76,11 @@ def distil(path, args, keep_student=True, watch=None):
         if done["settings"] == saved_as:
             print(f"{finished} is finished")
             return done["record"]
-    if undefined(args.method, settings["task"]):
+    if args.method == "kl" and settings["task"] == "regression":
         raise UserError(f"--method {args.method} compares class probabilities, and valence/arousal "
                         "has none; choose another method")
 
-    features = open_run(path, teacher)
+    features = open_features(teacher)
     fold = train_teacher.fold_of(features, settings, dense=True)
     samples = len(fold.train.index)
     b = min(args.batch_size, samples)
@@ -91,7 +91,7 @@ def distil(path, args, keep_student=True, watch=None):
     targets = teacher_answers(teacher, features, fold.train.index, device)
 
     train_teacher.seed_all(args.seed, 3)
-    student, trained = make_student(path, teacher, args)
+    student, trained = make_student(teacher, args)
     optimizer = torch.optim.Adam(trained.parameters(), lr=args.lr, fused=True)
     frozen = fingerprint(student.tnet.state_dict())
     seen = what_the_student_sees(features, settings, args)
@@ -246,16 +246,15 @@ def build_student(settings, hallucinate="tnet", chunk=None):
                           train_teacher.make_head(settings), hallucinate, chunk)
 
 
-def make_student(path, teacher, args):
+def make_student(teacher, args):
     """The student, and the part of it that stage 3 trains; all else is frozen."""
-    settings = teacher["settings"]
-    folder = train_teacher.stage_1_folder(path.parent, settings)
+    settings, folder = teacher["settings"], teacher["stage 1"]
     student = build_student(settings, args.hallucinate, args.chunk)
     student.tnet.load_state_dict(teacher["tnet"])
     stage_1 = load(folder / "visual.pt", "visual")
     student.backbone.load_state_dict(train_teacher.backbone_weights(stage_1))
     if not teacher["backbones"].startswith(fingerprint(student.backbone.state_dict())):
-        raise UserError(f"{folder}: visual.pt was trained again after {path}; "
+        raise UserError(f"{folder}: visual.pt was trained again after {teacher['path']}; "
                         "finish the teacher: train_teacher.py --resume with the same flags")
     student.to(args.device).requires_grad_(False).eval()
     trained = torch.nn.ModuleDict({"head": student.head})
@@ -283,13 +282,21 @@ def open_faces(settings, root=None):
                              face_start=settings["face_start"])
 
 
-def open_run(path, teacher):
-    """The features that the teacher at path was trained on."""
-    folder = train_teacher.stage_1_folder(path.parent, teacher["settings"])
-    features = train_teacher.open_features(folder, teacher["settings"])
+def open_teacher(path):
+    """A teacher's checkpoint, and with it where it lies and which weights it is."""
+    state = load(path, "teacher")
+    parts = fingerprint(state["head"]), fingerprint(state["tnet"]), state["backbones"]
+    folder = train_teacher.stage_1_folder(path.parent, state["settings"])
+    return {**state, "path": path, "stage 1": folder, "weights": "-".join(parts)}
+
+
+def open_features(teacher):
+    """The features that a teacher was trained on."""
+    features = train_teacher.open_features(teacher["stage 1"], teacher["settings"])
     if features.backbones != teacher["backbones"]:
-        raise UserError(f"{folder}: features.npz is of other backbones than {path}; "
-                        "finish the teacher: train_teacher.py --resume with the same flags")
+        raise UserError(f"{teacher['stage 1']}: features.npz is of other backbones than "
+                        f"{teacher['path']}; finish the teacher: train_teacher.py --resume with the "
+                        "same flags")
     return features
 
 
@@ -303,8 +310,7 @@ def identity(args, teacher):
     choice = {key: vars(args)[key] for key in CHOICES}
     if args.epochs is None:  # a stand-in's epochs are of few steps
         choice["epochs"] = 50 if teacher["settings"]["synthetic"] else 20
-    weights = fingerprint(teacher["head"]), fingerprint(teacher["tnet"]), teacher["backbones"]
-    return {**choice, "teacher": "-".join(weights), "code": code_digest()}
+    return {**choice, "teacher": teacher["weights"], "code": code_digest()}
 
 
 @functools.cache  # the code that runs is the code that was imported, whatever is edited meanwhile
@@ -440,8 +446,8 @@ TABLE_I = {
                 "joint cross attention, WES",
     "features": "features file: visual (prevalent) + privileged"}
 
-# What stands beside a row's number in the paper: a bound, or a student by its flags. Others' work is
-# not run.
+# What stands beside the paper's number in a row: a bound, or a student by its flags. Others' work
+# is not run.
 OURS = {
     "Visual only (lower bound)": "visual",
     "none (lambda 0)": {"method": "none"},
@@ -474,7 +480,8 @@ TABLES = {
         none (lambda 0)
         Visual only (lower bound)
         Multimodal (upper bound)""")),
-    "3": Table("Table III: visual-only methods, Affwild2 validation set", [VALENCE, AROUSAL], rows_of("""
+    "3": Table("Table III: visual-only methods, Affwild2 validation set", [
+        VALENCE, AROUSAL], rows_of("""
         ResNet-50 [44]            | 0.31 | 0.17
         SENet-50 [45]             | 0.28 | 0.34
         MobileNet [46]            | 0.28 | 0.44
@@ -555,55 +562,6 @@ def read_results(path):
     return records
 
 
-def undefined(method, task):
-    return method == "kl" and task == "regression"
-
-
-def fill(table, args):
-    """Trains what the table lacks, teachers included. Returns {(row, column): {(fold, seed):
-    results line}} by number, and why data sets are missing. A bound has a run a fold, of seed None.
-    """
-    jobs, teachers, problems = {}, {}, {}
-    for (i, row), (j, column) in product(enumerate(table.rows), enumerate(table.columns)):
-        if row.ours is None or undefined(method_of(row, column), task_of(column)):
-            continue
-        flags = flags_of(row, column, args)
-        key = column.dataset, column.classes, flags.labelled, flags.folds
-        if key not in teachers:
-            try:
-                teachers[key] = ensure_teachers(column.dataset, column.classes, flags)
-            except NotHere as error:
-                teachers[key], problems[str(error)] = [], f"{column.dataset} not run: {error}"
-        seeds = range(args.seed, args.seed + args.seeds) if is_student(row) else [None]
-        for (path, teacher), seed in product(teachers[key], seeds):
-            students = [with_flags(flags, {"seed": seed, "lambda": lam})
-                        for lam in vars(flags)["lambda"] if is_student(row)]
-            jobs[i, j, teacher["settings"]["fold"], seed] = path, teacher, students
-
-    # students that results.jsonl lacks: each rank trains its share, then all read what all wrote
-    results = args.out / "results.jsonl"
-    known = [] if args.fresh else read_results(results)
-    missing = {json.dumps(want(teacher, flags)): (path, flags)
-               for path, teacher, students in jobs.values() for flags in students
-               if not student_of(teacher, flags, known)}
-    for path, flags in train_teacher.dealt(list(missing.values()), args):
-        distil(path, train_teacher.alone(flags), keep_student=False)
-    train_teacher.wait_for_all(args)
-    known = read_results(results)
-
-    cells = {(i, j): {} for i, _ in enumerate(table.rows) for j, _ in enumerate(table.columns)}
-    for (i, j, *run), (_, teacher, students) in jobs.items():
-        lines = [student_of(teacher, flags, known) for flags in students]
-        bound = table.rows[i].ours
-        cells[i, j][tuple(run)] = max(lines, key=lambda line: line["validation"]) if lines else (
-            train_teacher.result_line(teacher["settings"], bound, teacher["scores"][bound], 0))
-    return cells, list(problems.values())
-
-
-class NotHere(UserError):
-    """A data set is not there, or cannot be divided as a row asks."""
-
-
 def with_flags(args, change):
     return Namespace(**{**vars(args), **change})
 
@@ -612,20 +570,61 @@ def is_student(row):
     return isinstance(row.ours, dict)
 
 
-def flags_of(row, column, args):
-    """The flags of a cell: those of the command with what its row and column change."""
-    flags = with_flags(args, {**column.change, **(row.ours if is_student(row) else {})})
-    if flags.method == "none":
-        vars(flags)["lambda"] = vars(flags)["lambda"][:1]  # it weighs nothing
-    return flags
+def changes(row, column):
+    """What the student of a cell changes of the command's flags."""
+    return {**column.change, **(row.ours if is_student(row) else {})}
 
 
-def method_of(row, column):
-    return {**column.change, **(row.ours if is_student(row) else {})}.get("method", "pkdot")
+def undefined(row, column):
+    """KL compares class probabilities."""
+    return changes(row, column).get("method") == "kl" and column.metric != "accuracy"
 
 
-def task_of(column):
-    return "classification" if column.metric == "accuracy" else "regression"
+def fill(table, args):
+    """Trains what the table lacks, teachers included. Returns {(row, column): {(fold, seed):
+    results line}} by number, and why data sets are missing. A bound has a run a fold, of seed None.
+    """
+    jobs, teachers, problems = {}, {}, {}
+    for (i, row), (j, column) in product(enumerate(table.rows), enumerate(table.columns)):
+        if row.ours is None or undefined(row, column):
+            continue
+        flags = with_flags(args, changes(row, column))
+        key = column.dataset, column.classes, flags.labelled, flags.folds
+        if key not in teachers:
+            teachers[key] = []
+            try:
+                settings, source = teacher_settings(column.dataset, column.classes, flags)
+            except UserError as error:
+                problems[str(error)] = f"{column.dataset} not run: {error}"
+            else:
+                teachers[key] = ensure_teachers(settings, source, flags)
+
+        # a student for each seed, and for each lambda to choose from; lambda weighs nothing of none
+        seeds = range(args.seed, args.seed + args.seeds) if is_student(row) else [None]
+        lambdas = vars(flags)["lambda"][:1 if flags.method == "none" else None]
+        for teacher, seed in product(teachers[key], seeds):
+            students = [with_flags(flags, {"seed": seed, "lambda": lam})
+                        for lam in lambdas if is_student(row)]
+            jobs[i, j, teacher["settings"]["fold"], seed] = teacher, students
+
+    # students that results.jsonl lacks: each rank trains its share, then all read what all wrote
+    results = args.out / "results.jsonl"
+    known = [] if args.fresh else read_results(results)
+    missing = {json.dumps(want(teacher, flags)): (teacher, flags)
+               for teacher, students in jobs.values() for flags in students
+               if not student_of(teacher, flags, known)}
+    for teacher, flags in train_teacher.dealt(list(missing.values()), args):
+        distil(teacher, train_teacher.alone(flags), keep_student=False)
+    train_teacher.wait_for_all()
+    known = read_results(results)
+
+    cells = {(i, j): {} for i, _ in enumerate(table.rows) for j, _ in enumerate(table.columns)}
+    for (i, j, *run), (teacher, students) in jobs.items():
+        lines = [student_of(teacher, flags, known) for flags in students]
+        bound = table.rows[i].ours
+        cells[i, j][tuple(run)] = max(lines, key=lambda line: line["validation"]) if lines else (
+            train_teacher.result_line(teacher["settings"], bound, teacher["scores"][bound], 0))
+    return cells, list(problems.values())
 
 
 def want(teacher, args):
@@ -641,17 +640,13 @@ def student_of(teacher, args, known):
     return next((line for line in reversed(known) if wanted <= line.items()), None)
 
 
-def ensure_teachers(dataset, classes, args):
-    """(path, state) of each fold's teacher for a table. What is missing is trained like the newest
-    that is there, or with train_teacher.py's defaults."""
-    try:
-        settings, source = train_teacher.make_settings(
-            dataset, args.root, args.synthetic, amp=args.amp, labelled=args.labelled,
-            folds=args.folds, face_start=args.face_start,
-            classes=None if classes == "va" else classes)
-        train_teacher.fold_of(source, {**settings, "fold": 1})
-    except UserError as error:
-        raise NotHere(error) from None
+def teacher_settings(dataset, classes, args):
+    """The settings of a table's teachers, and their data: like the newest teacher that is there, or
+    train_teacher.py's defaults."""
+    settings, source = train_teacher.make_settings(
+        dataset, args.root, args.synthetic, amp=args.amp, labelled=args.labelled, folds=args.folds,
+        face_start=args.face_start, classes=None if classes == "va" else classes)
+    train_teacher.fold_of(source, {**settings, "fold": 1})
     name = dataset + "-synthetic" * settings["synthetic"]
     there = (load(path, "teacher")["settings"] for path in teachers_under(args.out, name))
     same = ("root", "task", "outputs", "labelled", "folds")
@@ -660,20 +655,21 @@ def ensure_teachers(dataset, classes, args):
                if key in settings and value != settings[key] and key != "data"]
     if changed:
         print(f"{dataset}: teachers with {', '.join(changed)}")
+    return {**settings, **found, "data": settings["data"]}, source
 
-    settings = {**settings, **found, "data": settings["data"]}
-    folds = [n for n in train_teacher.folds_of(source) if {"all", str(n)} & set(args.fold)]
-    runs = {fold: train_teacher.run_folder({**settings, "fold": fold}, args.out) for fold in folds}
-    missing = [fold for fold, run in runs.items() if not (run / "teacher.pt").exists()]
-    for fold in train_teacher.dealt(missing, args):
-        flags = with_flags(train_teacher.alone(args), {"resume": True})
-        train_teacher.train_teacher({**settings, "fold": fold}, source, flags)
-    train_teacher.wait_for_all(args)
-    teachers = []
-    for fold, run in runs.items():
-        state = load(run / "teacher.pt", "teacher")
-        train_teacher.same_settings(state, {**settings, "fold": fold}, run / "teacher.pt")
-        teachers.append((run / "teacher.pt", state))
+
+def ensure_teachers(settings, source, args):
+    """The teachers of a table's folds; each rank trains its share of those that are missing."""
+    wanted = [{**settings, "fold": fold} for fold in train_teacher.folds_of(source)
+              if {"all", str(fold)} & set(args.fold)]
+    paths = [train_teacher.run_folder(one, args.out) / "teacher.pt" for one in wanted]
+    missing = [one for one, path in zip(wanted, paths, strict=True) if not path.exists()]
+    for one in train_teacher.dealt(missing, args):
+        train_teacher.train_teacher(one, source, train_teacher.alone(args))
+    train_teacher.wait_for_all()
+    teachers = list(map(open_teacher, paths))
+    for teacher, one in zip(teachers, wanted, strict=True):
+        train_teacher.same_settings(teacher, one, teacher["path"])
     return teachers
 
 
@@ -686,9 +682,9 @@ def interval(ours, theirs):
     seed -> (mean, low, high), or None below two pairs. A bound (seed None) pairs with every seed.
 
     Seeds of one fold share its teacher and its test samples, so that a fold's differences are
-    averaged first; with a single fold the seeds are what is left to vary. Folds share training data:
-    their variance is corrected as by Nadeau and Bengio (2003), 1/J + n_test/n_train for 1/J, where
-    a fifth of the data is for testing.
+    averaged first; with a single fold the seeds are what is left to vary. Folds share training
+    data: their variance is corrected as by Nadeau and Bengio (2003), 1/J + n_test/n_train for 1/J,
+    where a fifth of the data is for testing.
     """
     by_fold = {}
     for (fold, seed), value in ours.items():
@@ -727,7 +723,7 @@ def summary(cell, column):
 def format_cell(column, row, cell):
     if row.ours is None:
         return ""
-    if undefined(method_of(row, column), task_of(column)):
+    if undefined(row, column):
         return "n/a"
     if not cell:
         return "not run"
@@ -757,7 +753,8 @@ def gaps(table, cells):
             name = (f"{row.label}, {column.heading} minus {rows[b[0]].label}"
                     f"{', ' * bool(column.series)}{columns[b[1]].series}")
         elif first is not None and "folds" not in (row.ours or {}):
-            a, b, name = (first, j), (i, j), f"{rows[first].label} minus {row.label}, {column.heading}"
+            a, b = (first, j), (i, j)
+            name = f"{rows[first].label} minus {row.label}, {column.heading}"
         else:
             continue
         if a != b and cells[a] and cells[b]:
@@ -765,10 +762,10 @@ def gaps(table, cells):
 
 
 CAPTION = """
-The visual-only network is stage 1's: a difference to it asks whether the whole pipeline pays. "none"
-is the student's own network without a distillation term: a difference to it asks what the term adds.
-± is the standard deviation over the runs named; intervals over folds are corrected for the training
-data that folds share (Nadeau and Bengio 2003)."""
+The visual-only network is stage 1's: a difference to it asks whether the whole pipeline pays.
+"none" is the student's own network without a distillation term: a difference to it asks what the
+term adds. ± is the standard deviation over the runs named; intervals over folds are corrected for
+the training data that folds share (Nadeau and Bengio 2003)."""
 
 
 def is_synthetic(cells):
@@ -810,7 +807,7 @@ def format_table(table, cells, args):
                   + ", ".join(f"{record['lambda']:g} (fold {fold}, seed {seed})"
                               for (fold, seed), record in cells[i, j].items())
                   for (i, row), (j, column) in product(enumerate(rows), enumerate(columns))
-                  if is_student(row) and cells[i, j] and method_of(row, column) != "none"]
+                  if is_student(row) and changes(row, column).get("method") != "none"]
     differences = [format_gap(*gap) for gap in gaps(table, cells)]
     lines += [*differences, CAPTION] if differences else []
     return "\n".join(lines)
@@ -835,7 +832,8 @@ def of_dataset(table, dataset):
     keep = [j for j, column in enumerate(table.columns) if column.dataset == dataset]
     if not keep:
         raise UserError(f"--dataset {dataset}: {table.title} has no column of it")
-    rows = [row._replace(paper=tuple(row.paper[j] for j in keep if row.paper)) for row in table.rows]
+    rows = [row._replace(paper=tuple(row.paper[j] for j in keep if row.paper))
+            for row in table.rows]
     return table._replace(columns=[table.columns[j] for j in keep], rows=rows)
 
 
@@ -934,9 +932,9 @@ def figure_5(args):
     after training, over up to 128 training samples, sorted by class or by valence."""
     dataset = args.dataset or "biovid_b"
     classes = "va" if dataset == "affwild2" else None
-    path, teacher = ensure_teachers(dataset, classes, with_flags(args, {"fold": args.fold[:1]}))[0]
-    args = with_flags(args, {"lambda": vars(args)["lambda"][0]})
-    settings, features = teacher["settings"], open_run(path, teacher)
+    args = with_flags(args, {"lambda": vars(args)["lambda"][0], "fold": args.fold[:1]})
+    teacher, = ensure_teachers(*teacher_settings(dataset, classes, args), args)
+    settings, features = teacher["settings"], open_features(teacher)
     epochs = identity(args, teacher)["epochs"]
 
     train = train_teacher.fold_of(features, settings, dense=True).train
@@ -951,7 +949,7 @@ def figure_5(args):
         if epoch in (0, epochs // 2, epochs):
             S[f"student, epoch {epoch}"] = cosine_similarity_matrix(predict(train, "z"))
 
-    distil(path, args, keep_student=False, watch=watch)
+    distil(teacher, args, keep_student=False, watch=watch)
     for name, matrix in S.items():
         print(f"{name}: mean similarity {matrix.mean():.3f}, "
               f"mean |S - S_teacher| {(matrix - S['teacher']).abs().mean():.3f}")
@@ -964,7 +962,7 @@ def figure_5(args):
 
     figure, axes = plot.subplots(1, len(S), figsize=(3.2 * len(S), 3.6), layout="constrained")
     for axis, (name, matrix) in zip(axes, S.items(), strict=True):
-        image = axis.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r")
+        image = axis.imshow(matrix.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         axis.set(title=name, xlabel="training sample")
         edges = train.label.sort().values.diff().nonzero() if train.label.ndim == 1 else []
         for edge in edges:  # between two classes
@@ -1036,7 +1034,7 @@ def main():
         tabulate(args)
     else:
         distil_folds(args)
-    train_teacher.leave_ranks(args)
+    train_teacher.leave_ranks()
 
 
 def tabulate(args):
@@ -1045,7 +1043,7 @@ def tabulate(args):
                         "leave --method and --teacher out")
     if args.dataset == "features" and not args.root:
         raise UserError("--dataset features needs --root FILE.npz")
-    args.folds = args.folds or "subjects"
+    args.folds, args.resume = args.folds or "subjects", True  # what is trained already stays
     if args.figure == "5":
         args.fold = args.fold or ["1"]  # it shows one teacher
         return figure_5(args)
@@ -1068,13 +1066,13 @@ def distil_folds(args):
     together = len(paths) == 1 and args.finetune
     args = train_teacher.one_voice(args) if together else args
     for path in paths if together else train_teacher.dealt(paths, args):
-        teacher = load(path, "teacher")
+        teacher = open_teacher(path)
         settings, found = teacher["settings"], teacher["scores"]
         if args.rank == 0 or not together:
             train_teacher.start_log(path.parent, settings)
         print(f"{path}, test: visual only {show(found['visual'])}, "
               f"teacher {show(found['multimodal'])}")
-        record = distil(path, args if together else train_teacher.alone(args))
+        record = distil(teacher, args if together else train_teacher.alone(args))
         print(f"{train_teacher.heading(settings)}, n = {record['n_test']}: "
               f"visual only (lower bound) {show(found['visual'])} | "
               f"student, {args.method} {show(record)} | "

@@ -101,14 +101,14 @@ def join_ranks(args):
     dist.init_process_group(backend, timeout=timedelta(days=7))
 
 
-def wait_for_all(args):
+def wait_for_all():
     if dist.is_initialized():
         dist.barrier()
 
 
-def leave_ranks(args):
+def leave_ranks():
     """Without the barrier, a gloo process that leaves early may abort the others."""
-    wait_for_all(args)
+    wait_for_all()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -356,8 +356,8 @@ DEFAULTS = {  # Table I and section IV-B; the batch size is the backbones'
 COMMON = dict(  # the numbers of epochs are not in the paper
     classes=2, image_size=112, lr=1e-3, backbone_epochs=30, fusion_epochs=50, fusion_batch_size=64,
     seed=0, amp=False, weights=None, folds="subjects", labelled=None, face_start=None)
-SETTINGS = {"dataset", "root", "fold", "folds", "labelled", "task", "outputs", "length", "data", "amp",
-            "face_start"}  # of every checkpoint
+SETTINGS = {  # of every checkpoint
+    "dataset", "root", "fold", "folds", "labelled", "task", "outputs", "length", "face_start", "data"}
 STAND_IN = {  # few samples and a CPU: smaller images, smaller batches, more passes over less
     "biovid": dict(image_size=32, batch_size=16, backbone_epochs=4, fusion_epochs=200),
     "affwild2": dict(image_size=48, batch_size=4, lr=1e-4, backbone_epochs=10, fusion_epochs=20)}
@@ -370,8 +370,9 @@ def make_settings(dataset, root=None, synthetic=False, **given):
         raise UserError("--dataset features needs --root FILE.npz (the format: README.md); "
                         "it has no stand-in")
     root = root or f"data/{dataset}" + "-synthetic" * synthetic
-    if synthetic:
+    if synthetic and RANK == 0:
         data.write_stand_in(dataset, root)
+    wait_for_all()
     synthetic = (Path(root) / "SYNTHETIC").is_file()
 
     settings = {**COMMON, **DEFAULTS[dataset],
@@ -803,7 +804,7 @@ def main():
                   f"visual only (lower bound) {show(found['visual'])} | "
                   f"privileged only {show(found['privileged'])} | "
                   f"multimodal (upper bound) {show(found['multimodal'])}")
-    leave_ranks(args)
+    leave_ranks()
 
 
 if __name__ == "__main__":
