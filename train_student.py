@@ -819,12 +819,12 @@ def for_features(table, path):
     source = data.Features(path)
     metrics = ["accuracy"] if source.task == "classification" else ["valence", "arousal"]
     classes = source.outputs if source.task == "classification" else "va"
-    series = [c for c in table.columns if c[1:4] == table.columns[0][1:4]]  # of one data set
-    columns = [Column(f"{c.series}{', ' * bool(c.series)}{Path(path).stem} {metric}", "features",
-                      classes, metric, c.change, c.series) for metric in metrics for c in series]
+    columns = [c._replace(heading=f"{c.series}{', ' * bool(c.series)}{Path(path).stem} {metric}",
+                          dataset="features", classes=classes, metric=metric)
+               for metric in metrics for c in table.columns if c[1:4] == table.columns[0][1:4]]
+    rows = [row._replace(paper=()) for row in table.rows if row.ours is not None]
     title = table.title.partition(",")[0]  # without the data set
-    rows = [Row(row.label, row.ours) for row in table.rows if row.ours is not None]
-    return Table(title, columns, rows, table.reference)
+    return table._replace(title=title, columns=columns, rows=rows)
 
 
 def of_dataset(table, dataset):
@@ -885,10 +885,8 @@ def draw_figure(name, args):
 
     points = {}  # mean, sd, runs, difference to the reference, its low and high end
     for (i, j), cell in cells.items():
-        same = (i, j) == reference(i, j)
         pair = (metric_of(cells[key], columns[j]) for key in ((i, j), reference(i, j)))
-        gap = (0.0,) * 3 if same else interval(*pair) or (math.nan,) * 3
-        points[i, j] = *summary(cell, columns[j]), len(cell), *gap
+        points[i, j] = *summary(cell, columns[j]), len(cell), *(interval(*pair) or (math.nan,) * 3)
     with data.replacing(path.with_suffix(".csv")) as part, open(part, "w", newline="") as file:
         write = csv.writer(file).writerow
         write(["row", "column", "mean", "sd", "runs", "difference", "low", "high", "data"])

@@ -585,13 +585,12 @@ def extract_features(backbones, identity, source, settings, args, path):
 
     # a sample of BioVid is a row of the file; Affwild2's windows overlap, and are cut by index
     length = 1 if settings["dataset"] == "affwild2" else source.length
-    first = slice(None, None, length)
-    arrays = {k: v.reshape(-1, length, models.D) for k, v in arrays.items()}
+    arrays = {modality: rows.reshape(-1, length, models.D) for modality, rows in arrays.items()}
     label = source.label.numpy()
-    arrays["label"] = label[first] if label.ndim == 1 else label.reshape(-1, length, 2)
-    arrays.update(group=source.group[first], video=source.video[first], name=source.name[first])
-    if source.split is not None:
-        arrays["split"] = source.split[first]
+    arrays["label"] = label[::length] if label.ndim == 1 else label.reshape(-1, length, 2)
+    for key in ("group", "video", "name", "split"):
+        if getattr(source, key) is not None:
+            arrays[key] = getattr(source, key)[::length]
     if source.task == "regression":
         arrays.update(frame_label=source.frame_label.numpy(), frame_row=source.frame_row.numpy())
     arrays["backbones"] = np.array(identity)
