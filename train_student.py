@@ -341,7 +341,7 @@ def student_output(student, settings, source, index, args, text):
     """Output of the student for windows of faces, in the precision that it was trained in."""
     amp = settings["student_amp"]
     precision = functools.partial(torch.autocast, args.device.type, torch.bfloat16)
-    batches = torch.arange(len(index)).split(32)
+    batches = train_teacher.dealt(torch.arange(len(index)).split(32), args)
     loader = train_teacher.clip_loader(source, "visual", index, batches, args)
 
     def forward(clips):
@@ -585,9 +585,10 @@ def fill(table, args):
     missing = {json.dumps(want(teacher, flags)): (path, flags)
                for path, teacher, students in jobs.values() for flags in students
                if not student_of(teacher, flags, known)}
-    for path, flags in train_teacher.dealt(list(missing.values()), args):
+    train_teacher.wait_for_all()  # until all have read: one that trains would change what is missing
+    for path, flags in train_teacher.deal_out(list(missing.values()), "students", args):
         distil(path, train_teacher.alone(flags), keep_student=False)
-    train_teacher.wait_for_all(args)
+    train_teacher.wait_for_all()
     known = read_results(results)
 
     cells = {(i, j): {} for i, _ in enumerate(table.rows) for j, _ in enumerate(table.columns)}
@@ -663,10 +664,11 @@ def ensure_teachers(dataset, classes, args):
     folds = [n for n in train_teacher.folds_of(source) if {"all", str(n)} & set(args.fold)]
     runs = {fold: train_teacher.run_folder({**settings, "fold": fold}, args.out) for fold in folds}
     missing = [fold for fold, run in runs.items() if not (run / "teacher.pt").exists()]
-    for fold in train_teacher.dealt(missing, args):
+    train_teacher.wait_for_all()  # until all have looked
+    for fold in train_teacher.deal_out(missing, "teachers", args):
         flags = with_flags(train_teacher.alone(args), {"resume": True})
         train_teacher.train_teacher({**settings, "fold": fold}, source, flags)
-    train_teacher.wait_for_all(args)
+    train_teacher.wait_for_all()
     teachers = []
     for fold, run in runs.items():
         state = load(run / "teacher.pt", "teacher")
@@ -933,7 +935,9 @@ def figure_5(args):
     dataset = args.dataset or "biovid_b"
     classes = "va" if dataset == "affwild2" else None
     path, teacher = ensure_teachers(dataset, classes, with_flags(args, {"fold": args.fold[:1]}))[0]
-    args = with_flags(args, {"lambda": vars(args)["lambda"][0]})
+    if args.rank > 0:
+        return
+    args = with_flags(train_teacher.alone(args), {"lambda": vars(args)["lambda"][0]})
     settings, features = teacher["settings"], open_run(path, teacher)
     epochs = identity(args, teacher)["epochs"]
 
@@ -1025,16 +1029,16 @@ def main():
         raise UserError(f"--k {args.k}: the similarity matrix has only --batch-size "
                         f"{args.batch_size} rows; lower --k or raise --batch-size")
     if args.evaluate:
-        evaluate(args.evaluate, args)
+        evaluate(args.evaluate, train_teacher.one_voice(args))
     elif args.predict:
         if not args.student:
             raise UserError("--predict needs --student STUDENT.pt")
-        predict(args.predict, args.student, args)
+        predict(args.predict, args.student, train_teacher.one_voice(args))
     elif args.table or args.figure:
         tabulate(args)
     else:
         distil_folds(args)
-    train_teacher.leave_ranks(args)
+    train_teacher.leave_ranks()
 
 
 def tabulate(args):
@@ -1065,7 +1069,7 @@ def distil_folds(args):
     paths = siblings(args.teacher or newest_teacher(args), args.fold)
     together = len(paths) == 1 and args.finetune
     args = train_teacher.one_voice(args) if together else args
-    for path in paths if together else train_teacher.dealt(paths, args):
+    for path in paths if together else train_teacher.deal_out(paths, "students", args):
         teacher = load(path, "teacher")
         settings, found = teacher["settings"], teacher["scores"]
         if args.rank == 0 or not together:

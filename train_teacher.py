@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -82,12 +83,13 @@ def choose_device(name, amp=False):
 def join_ranks(args):
     """Sets args.rank, args.world and the device; under torchrun, the ranks meet here."""
     args.rank, args.world = RANK, WORLD
+    missing = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if "RANK" in os.environ and missing:
+        raise UserError(f"RANK is set but {', '.join(sorted(missing))} is not: start the command "
+                        "with torchrun --standalone --nproc_per_node=N, or unset RANK")
     args.device = choose_device(args.device, args.amp)
     if args.world == 1:
         return
-    if "MASTER_ADDR" not in os.environ:
-        raise UserError("RANK is set but MASTER_ADDR is not: start the command with "
-                        "torchrun --standalone --nproc_per_node=N")
     if args.device.type == "cuda":
         args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if args.device.index >= torch.cuda.device_count():
@@ -95,18 +97,32 @@ def join_ranks(args):
                             f"--nproc_per_node={torch.cuda.device_count()}")
         torch.cuda.set_device(args.device)
     backend = "nccl" if args.device.type == "cuda" else "gloo"
+    # each line in one piece, or those of several ranks cut one another
+    sys.stdout.reconfigure(line_buffering=True, write_through=False)
     # some ranks wait for others to train whole folds
     dist.init_process_group(backend, timeout=timedelta(days=7))
 
 
-def wait_for_all(args):
+def wait_for_all():
     if dist.is_initialized():
         dist.barrier()
 
 
-def leave_ranks(args):
+@contextmanager
+def first_rank_first():
+    """What the first rank writes in this block, the others find there."""
+    if RANK > 0:
+        wait_for_all()
+    try:
+        yield
+    finally:
+        if RANK == 0:
+            wait_for_all()
+
+
+def leave_ranks():
     """Without the barrier, a gloo process that leaves early may abort the others."""
-    wait_for_all(args)
+    wait_for_all()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -161,6 +177,12 @@ def spread(model, args):
     if args.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return nn.parallel.DistributedDataParallel(model)
+
+
+def agree(model, args):
+    """All ranks take the statistics of the first one's batch norm."""
+    for buffer in model.buffers() if args.world > 1 else ():
+        dist.broadcast(buffer, 0)
 
 
 def seed_all(*numbers):
@@ -232,7 +254,7 @@ def clip_loader(source, modality, index, batches, args):
 
 
 def bar(batches, text):
-    return tqdm(batches, desc=text, leave=False, disable=None)
+    return tqdm(batches, desc=text, leave=False, disable=RANK > 0 or None)
 
 
 @torch.inference_mode()
@@ -253,6 +275,13 @@ def answers(forward, batches, args):
 def dealt(jobs, args):
     """This rank's share of jobs that need no communication."""
     return jobs[args.rank::args.world]
+
+
+def deal_out(jobs, what, args):
+    """This rank's share of whole trainings; one that has none says so."""
+    if jobs and args.rank >= len(jobs):
+        print(f"rank {args.rank} only waits: {args.world} processes, {what} to train: {len(jobs)}")
+    return dealt(jobs, args)
 
 
 def score(source, windows, output):
@@ -369,7 +398,8 @@ def make_settings(dataset, root=None, synthetic=False, **given):
                         "it has no stand-in")
     root = root or f"data/{dataset}" + "-synthetic" * synthetic
     if synthetic:
-        data.write_stand_in(dataset, root)
+        with first_rank_first():
+            data.write_stand_in(dataset, root)
     synthetic = (Path(root) / "SYNTHETIC").is_file()
 
     settings = {**COMMON, **DEFAULTS[dataset],
@@ -500,6 +530,7 @@ def train_backbone(modality, source, fold, settings, args, folder):
 
         # the epoch is chosen on held-out training groups
         model.eval()
+        agree(model, args)
         loader = clip_loader(source, modality, val.index, validation, args)
         found = score(source, val, answers(forward, loader, args))
         if best is None or criterion(found) > best["score"]:
@@ -795,7 +826,7 @@ def main():
     # several folds are dealt out to the ranks, one is trained by all of them together
     folds = folds if args.fold == "all" else [int(args.fold)]
     each = alone(args) if len(folds) > 1 else one_voice(args)
-    for fold in dealt(folds, args) if len(folds) > 1 else folds:
+    for fold in deal_out(folds, "folds", args) if len(folds) > 1 else folds:
         settings["fold"] = fold
         found = train_teacher(settings, source, each)
         if found:
@@ -803,7 +834,7 @@ def main():
                   f"visual only (lower bound) {show(found['visual'])} | "
                   f"privileged only {show(found['privileged'])} | "
                   f"multimodal (upper bound) {show(found['multimodal'])}")
-    leave_ranks(args)
+    leave_ranks()
 
 
 if __name__ == "__main__":
