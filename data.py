@@ -1222,10 +1222,14 @@ def run(main):
             line += "; mend it or give another path"
             sys.stdout = open(os.devnull, "w")  # what it still holds must not fail again at exit
     except RuntimeError as error:
-        if not re.search("shared memory|</torch_|DataLoader worker .* (killed|exited)", str(error)):
+        if re.search("/gloo/|NCCL|TCPStore", str(error)):
+            line = ("another rank has ended; its own line says why, or torchrun's last lines name "
+                    f"it ({str(error).splitlines()[0]})")
+        elif re.search(r"shared memory|</torch_|DataLoader worker .* (killed|exited)", str(error)):
+            line = ("a process that loads data died, probably for lack of shared memory; use "
+                    "--workers 0 (in Docker also: --shm-size 8g)")
+        else:
             raise
-        line = ("a process that loads data died, probably for lack of shared memory; use --workers "
-                "0 (in Docker also: --shm-size 8g)")
     except KeyboardInterrupt:
         line = "interrupted; training goes on with --resume, all else with the same command"
         code = 130

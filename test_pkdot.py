@@ -17,6 +17,7 @@ import struct
 import statistics
 import subprocess
 import sys
+import time
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -2297,6 +2298,412 @@ def test_documented_commands_parse():
     assert len(commands) > 10 and {"data"} < {script for script, _ in commands}
     for script, line in commands:
         globals()[script].parse(shlex.split(line))
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+WEIGHT, BATCHES = 0.7, torch.randperm(26, generator=torch.Generator().manual_seed(1))[:22].split(12)  # of 12 and of 10
+LOSSES = {"pkdot": (pkdot_loss, {}), "shared": (pkdot_loss, {"shared": True}), "cosine": (cosine_loss, {}),
+          "mse": (mse_loss, {}), "kl": (kl_loss, {}), "rkd": (rkd_loss, {}), "none": (None, {})}
+
+
+PROBLEMS = [(name, task, "concat") for name in LOSSES for task in ("classification", "regression")]
+PROBLEMS.remove(("kl", "regression", "concat"))
+PROBLEMS += [("pkdot", "classification", "mmt"), ("pkdot", "regression", "jca")]
+
+
+def distillation_problem(name, task, fusion):
+    """A student on two-clip feature vectors, its inputs, and a teacher's answers; float64, dropout off."""
+    torch.manual_seed(0)
+    affect, width = task == "regression", 1024 if fusion == "jca" else 512
+    student = train_student.build_student(dict(dataset="features", visual_dim=6, task=task, outputs=2 if affect else 3,
+                                               length=2, fusion=fusion)).double().eval().requires_grad_(False)
+    trained = torch.nn.ModuleDict({"head": student.head, "backbone": student.backbone}).requires_grad_(True)
+    teacher = models.Fused(randn(26, 2, 2) if affect else randn(26, 3), randn(26, width, seed=1))
+    label = randn(26, 2, 2, seed=2).tanh() if affect else torch.arange(26) % 3
+    label[BATCHES[0][1]] = label[BATCHES[1][3:]] = math.nan if affect else -1  # some ranks' shares have none
+    return student, trained, randn(52, 6), torch.arange(52).view(26, 2), label, teacher
+
+
+class Recorder(torch.optim.SGD):
+    """An optimiser that notes the gradients and leaves the weights alone."""
+
+    def __init__(self, module):
+        super().__init__(module.parameters(), lr=0.0)
+        self.module, self.seen = module, []
+
+    def step(self):
+        self.seen.append({name: p.grad.clone() for name, p in self.module.named_parameters()})
+
+
+def gradients_over_ranks(args):
+    """What train_epoch logs and hands to its optimiser in this rank, for each problem; likewise stage 1's loss."""
+    found = {}
+    for name, *kind in PROBLEMS:
+        student, trained, rows, index, label, teacher = distillation_problem(name, *kind)
+        flags = train_student.parse(["--k", "9"])
+        vars(flags).update(device=args.device, rank=args.rank, world=args.world, shared=name == "shared",
+                           method="pkdot" if name == "shared" else name, **{"lambda": WEIGHT})
+        network, optimizer = train_teacher.spread(student, flags), Recorder(trained)
+        shares = [train_teacher.share(batch, flags) for batch in BATCHES]
+        inputs = train_student.student_inputs(rows, None, index, shares, flags)
+        terms = train_student.train_epoch((network(*x) for x in inputs), BATCHES, label, teacher, optimizer, flags)
+        found[name, *kind] = [(*term.tolist(), grads) for term, grads in zip(terms, optimizer.seen, strict=True)]
+
+    for per_clip in (False, True):
+        model, rows, label = stage_1_problem(per_clip)
+        network, optimizer = train_teacher.spread(model, args), Recorder(model)
+        for batch in BATCHES:
+            output = train_teacher.gather(network(rows[train_teacher.share(batch, args)]), len(batch), args)
+            optimizer.zero_grad()
+            task_loss(output, label[batch]).backward()
+            optimizer.step()
+        found["stage 1", per_clip] = optimizer.seen
+    return found
+
+
+def stage_1_problem(per_clip):
+    torch.manual_seed(0)
+    model = models.Unimodal(models.FeatureMLP(6), 2 + (not per_clip), per_clip).double()
+    return model, randn(26, 2, 6), randn(26, 2, 2, seed=2).tanh() if per_clip else torch.arange(26) % 3
+
+
+def rank_main(folder):
+    """What each process of a group does: the gradients, then commands of both scripts, one after the other in one
+    process group. What it found lies in folder/rank<r>.pt, what it printed in folder/<command>-rank<r>.txt."""
+    dist, folder, plan = train_teacher.dist, Path(folder), json.loads((Path(folder) / "plan.json").read_text())
+    args = SimpleNamespace(device="cpu", amp=False)
+    train_teacher.join_ranks(args)
+    leave, train_student_reads = dist.destroy_process_group, train_student.read_results
+    dist.init_process_group = dist.destroy_process_group = lambda *_, **__: None  # not between the commands
+    data.SUBJECTS, data.REPEATS, data.FACE = 10, 1, 16
+
+    def late(path):  # one rank looks when the other may have gone on
+        time.sleep(0.5 * (train_teacher.RANK == 0))
+        return train_student_reads(path)
+
+    train_student.read_results = late
+    torch.save(gradients_over_ranks(args), folder / f"rank{args.rank}.pt")
+    for name, (script, line) in plan.items():
+        stdout = sys.stdout
+        with open(folder / f"{name}-rank{args.rank}.txt", "w") as sys.stdout, warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            code = call(globals()[script], line)
+            sys.stdout.flush()
+        sys.stdout = stdout
+        if code:
+            sys.exit(f"{name}: exit code {code}")
+    dist.barrier()
+    leave()
+
+
+def torchrun(world, *command, **how):
+    """A command under torchrun, its processes with one thread each."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", *command]
+    return subprocess.Popen([*map(str, launch)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS)}, **how)
+
+
+def finish(process, seconds=100):
+    """(exit code, stdout, stderr) of a torchrun; it and its ranks end in any case."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+        return process.returncode, out, err
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def one_thread():
+    """As the processes of a group have it: another number of threads sums in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+TEACHER = "--dataset features --root {views} --backbone-epochs 2 --fusion-epochs 3 --device cpu --batch-size 50 --out"
+STUDENT = "--finetune --epochs 2 --device cpu --batch-size 50 --out"
+TABLE = "--table 2 --dataset features --root {views} --epochs 1 --device cpu --batch-size 64 --fold 1 2 --out"
+BIOVID = ("--dataset biovid_b --synthetic --root {biovid} --image-size 32 --backbone-epochs 1 --batch-size 7 "
+          "--fusion-epochs 2 --device cpu --workers 0 --out")
+
+
+@pytest.fixture(scope="session")
+def group(two_views, one_thread, tmp_path_factory):
+    """A folder of what `rank_main` found, by number of processes; each group is started once."""
+    folders = {}
+
+    def started(world):
+        if world in folders:
+            return folders[world]
+        folder = folders[world] = tmp_path_factory.mktemp(f"ranks{world}")
+        paths = {"views": two_views, "biovid": folder / "biovid"}
+        plan = {"teacher": ("train_teacher", f"{TEACHER} {folder}/one"), "student": ("train_student", f"{STUDENT} {folder}/one"),
+                "alone": ("train_student", f"--epochs 1 --device cpu --method mse --out {folder}/one")}
+        if world == 2:
+            again = f"--out {folder}/biovid-runs --device cpu --workers 0"
+            saved = folder / "biovid-runs/biovid_b-synthetic/c2/fold1/student-pkdot.pt"
+            plan |= {"table": ("train_student", f"{TABLE} {folder}/table"), "biovid": ("train_teacher", f"{BIOVID} {folder}/biovid-runs"),
+                     "finetune": ("train_student", f"--finetune --chunk 4 --epochs 1 {again}"),
+                     "evaluate": ("train_student", f"--evaluate {saved} {again}"),
+                     "predict": ("train_student", f"--predict {folder}/biovid/faces --student {saved} {again}"),
+                     "figure": ("train_student", f"--figure 5 --epochs 1 --dataset biovid_b --root {folder}/biovid {again}")}
+        plan = {name: (script, line.format(**paths)) for name, (script, line) in plan.items()}
+        (folder / "plan.json").write_text(json.dumps(plan))
+        driver = folder / "driver.py"
+        driver.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+                          f"import test_pkdot; test_pkdot.rank_main({str(folder)!r})\n")
+        code, _, err = finish(torchrun(world, driver, cwd=folder))
+        assert code == 0, err[-3000:]
+        return folder
+    return started
+
+
+def assert_close(found, expected, relative):
+    """Tensors of a dict, each by its norm."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert (found[key] - value).norm() <= relative * value.norm() + 1e-12, key
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_loss_and_gradient_over_ranks_are_those_of_one_process(world, group):
+    """The oracle: the loss of the whole batch, written out, in this process."""
+    shown = [torch.load(group(world) / f"rank{rank}.pt") for rank in range(world)]
+    for problem in PROBLEMS:
+        student, trained, rows, index, label, teacher = distillation_problem(*problem)
+        name = problem[0]
+        loss, options = LOSSES[name]
+        for step, batch in enumerate(BATCHES):
+            trained.zero_grad()
+            output, z = student(rows[index[batch]])
+            pair = (output, teacher.output[batch]) if name == "kl" else (z, teacher.z[batch])
+            more = {"k": 9, **options} if loss is pkdot_loss else {}
+            gt, W = task_loss(output, label[batch]), loss(*pair, **more) if loss else torch.zeros(())
+            (gt + WEIGHT * W).backward()
+            expected = {key: p.grad for key, p in trained.named_parameters()}
+            for rank in shown:
+                found_gt, found_w, gradient = rank[problem][step]
+                assert found_gt == pytest.approx(gt.item(), rel=1e-6) and found_w == pytest.approx(W.item(), rel=1e-6, abs=1e-9)
+                assert_close(gradient, expected, 1e-5)
+    for per_clip in (False, True):
+        model, rows, label = stage_1_problem(per_clip)
+        for step, batch in enumerate(BATCHES):
+            model.zero_grad()
+            task_loss(model(rows[batch]), label[batch]).backward()
+            for rank in shown:
+                assert_close(rank["stage 1", per_clip][step], {k: p.grad for k, p in model.named_parameters()}, 1e-5)
+
+
+def logged(run, stage):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line.get("stage") == stage and line.get("method") != "mse"]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_one_fold_over_ranks_trains_as_one_process_does(world, group, two_views, tmp_path):
+    """The commands as a user gives them; 168 samples in batches of 50, the last of 18, over 2 and over 3 ranks."""
+    assert call(train_teacher, f"{TEACHER.format(views=two_views)} {tmp_path}") == 0
+    assert call(train_student, f"{STUDENT} {tmp_path}") == 0
+    one, many = (out / "features/c4/fold1" for out in (tmp_path, group(world) / "one"))
+    for stage, terms in (  # each epoch once, whatever the number of processes
+            ("visual", ["loss"]), ("privileged", ["loss"]), ("fusion", ["loss"]), ("student", ["loss_gt", "w"])):
+        a, b = logged(one, stage), logged(many, stage)
+        assert len(a) == len(b) > 1
+        assert [[line[t] for t in terms] for line in b] == [pytest.approx([line[t] for t in terms], rel=1e-3) for line in a]
+    a, b = (torch.load(run / "visual.pt", weights_only=True)["model"] for run in (one, many))
+    assert_close(b, a, 1e-3)
+    start = train_teacher.backbone_weights({"model": a})
+    a, b = (torch.load(run / "student-pkdot.pt", weights_only=True)["model"] for run in (one, many))
+    moved, other = ({k: state[f"backbone.{k}"] - start[k] for k in start if "features" in k} for state in (a, b))
+    assert all(value.norm() > 0 for value in moved.values())
+    assert_close(other, moved, 0.05)
+    roles = [line["role"] for line in results(group(world) / "one")]
+    assert roles == ["visual", "privileged", "multimodal", "student", "student"]
+
+
+def test_ranks_without_work_say_so(group):
+    for world in (2, 3):
+        said = [(group(world) / f"alone-rank{rank}.txt").read_text() for rank in range(world)]
+        assert "student, mse accuracy" in said[0] and "waits" not in said[0]
+        assert said[1:] == [f"rank {r} only waits: {world} processes, students to train: 1\n" for r in range(1, world)]
+
+
+def numbers(out):
+    """The lines of results.jsonl without their times, in an order of their own."""
+    return sorted(json.dumps({**line, "seconds": 0}, sort_keys=True) for line in results(out))
+
+
+def test_folds_dealt_out_give_the_same_bits(two_views, one_thread, tmp_path):
+    line = f"{TEACHER.format(views=two_views)} {{}} --fold all".split()
+    teacher = [word.format(tmp_path / "two") for word in line]
+    code, out, err = finish(torchrun(2, SCRIPTS / "train_teacher.py", *teacher))
+    assert code == 0, err[-3000:]
+    assert len(re.findall("^features fold [1-5], test, ", out, re.M)) == 5, out
+    assert call(train_teacher, " ".join(line).format(tmp_path / "one")) == 0
+    for fold in range(1, 6):
+        one, two = (tmp_path / name / f"features/c4/fold{fold}" for name in ("one", "two"))
+        for name, keys in {"visual": ["model"], "privileged": ["model"], "teacher": ["head", "tnet"]}.items():
+            a, b = (torch.load(run / f"{name}.pt", weights_only=True) for run in (one, two))
+            assert all(equal(a[key], b[key]) for key in keys) and a.get("scores") == b.get("scores")
+        assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    assert numbers(tmp_path / "one") == numbers(tmp_path / "two")
+
+
+def test_a_table_dealt_out_has_the_same_bits_and_is_printed_once(group, two_views, one_thread, tmp_path, capsys):
+    """Also where one process looks at what is missing half a second after the other."""
+    capsys.readouterr()
+    assert call(train_student, f"{TABLE.format(views=two_views)} {tmp_path}") == 0
+    one = capsys.readouterr().out
+    printed = [(group(2) / f"table-rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert numbers(tmp_path) == numbers(group(2) / "table") and len(results(tmp_path)) == 2 * (3 + 7)
+    times = re.compile(r"\d+ s on cpu|took \d+ s")
+    table = times.sub("", one[one.index("**Table II"):])
+    assert times.sub("", printed[0]).endswith(table) and "Table II" not in printed[1]
+
+
+def test_a_stand_in_and_one_fold_of_video_over_two_ranks(group, one_thread):
+    """Written by one rank for both; on a CPU batch norm has the statistics of a rank's share, and all score with the
+    first one's: every score and feature is what one process finds with the saved weights."""
+    folder = group(2)
+    run = folder / "biovid-runs/biovid_b-synthetic/c2/fold1"
+    roles = [line["role"] for line in results(folder / "biovid-runs")]
+    assert roles == ["visual", "privileged", "multimodal", "student", "student"]
+    assert not [path for path in folder.rglob("*") if ".tmp" in path.name or path.suffix == ".progress"]
+    source = data.open_dataset("biovid_b", folder / "biovid", image_size=32)
+    fold = data.fold_windows(source, 1)
+    features = data.Features(run / "features.npz")
+    states = {name: torch.load(run / f"{name}.pt", weights_only=True) for name in ("visual", "privileged", "teacher")}
+    for name, make in (("visual", models.R3D18), ("privileged", models.SpectrogramResNet18)):
+        model = models.Unimodal(make(), 2, False)
+        model.load_state_dict(states[name]["model"])
+        clips = [torch.stack([getattr(source, name)(int(row)) for row in rows])[:, None]
+                 for rows in torch.arange(len(source.label)).split(7)]
+        with torch.no_grad():
+            seen = torch.cat([model.eval().backbone(x)[:, 0] for x in clips])
+            answer = model.head(seen).argmax(1) == source.label
+        assert torch.equal(features.rows[name], seen)
+        scores = [100 * answer[part.index[:, 0]].double().mean().item() for part in (fold.val, fold.test)]
+        assert scores == [states[name]["score"], states["teacher"]["scores"][name]["accuracy"]]
+        line, = logged(run, name)  # one epoch, and one line of it
+        assert line["accuracy"] == scores[0]
+
+
+def test_finetuning_over_two_ranks_in_chunks_is_that_of_one_process(group, one_thread, tmp_path, capsys):
+    folder, out = group(2), tmp_path / "runs"
+    run, again = (root / "biovid_b-synthetic/c2/fold1" for root in (folder / "biovid-runs", out))
+    shutil.copytree(folder / "biovid-runs", out)
+    common = f"--out {out} --device cpu --workers 0"
+    assert call(train_student, f"--finetune --epochs 1 {common}") == 0
+    two, one = logged(again, "student")
+    assert [two["loss_gt"], two["w"]] == pytest.approx([one["loss_gt"], one["w"]], rel=1e-4, abs=1e-7)
+    start = train_teacher.backbone_weights(torch.load(run / "visual.pt", weights_only=True))
+    a, b = (train_teacher.backbone_weights(torch.load(p / "student-pkdot.pt", weights_only=True)) for p in (again, run))
+    statistics = [key for key in start if "running" in key]
+    assert statistics and all(torch.equal(start[key], state[key]) for key in statistics for state in (a, b))
+    moved, other = ({k: state[k] - start[k] for k in start if k.endswith("0.weight")} for state in (a, b))
+    assert all(value.norm() > 0 for value in moved.values())
+    assert_close(other, moved, 0.2)
+
+    # scores, predictions and the figure are those of one process, and said by one rank
+    capsys.readouterr()
+    student = f"--student {run}/student-pkdot.pt"
+    for name, line in {"evaluate": f"--evaluate {run}/student-pkdot.pt", "predict": f"--predict {folder}/biovid/faces {student}"}.items():
+        assert call(train_student, f"{line} {common}") == 0
+        assert [(folder / f"{name}-rank{rank}.txt").read_text() for rank in (0, 1)] == [capsys.readouterr().out, ""]
+    assert call(train_student, f"--figure 5 --epochs 1 --dataset biovid_b --root {folder}/biovid {common}") == 0
+    a, b = (np.load(root / "figure5-biovid_b-synthetic.npz") for root in (out, folder / "biovid-runs"))
+    assert list(a) == list(b) and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def child_of(process, rank):
+    """The process id of a rank under a torchrun."""
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+            return int(pid)
+
+
+def test_a_killed_rank_ends_all_and_leaves_nothing_half_written(two_views, tmp_path):
+    line = f"{TEACHER.format(views=two_views)} {tmp_path} --backbone-epochs 100000"
+    process, log = torchrun(2, SCRIPTS / "train_teacher.py", *line.split()), tmp_path / "features/c4/fold1/log.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None and not (log.exists() and '"epoch": 3' in log.read_text()):
+        time.sleep(0.1)
+    os.kill(child_of(process, 1), signal.SIGKILL)
+    begin = time.monotonic()
+    code, _, err = finish(process, 30)
+    assert code != 0 and time.monotonic() - begin < 15
+    assert re.search(r"rank +: 1 .*\n.*exitcode +: -9", err)  # named by torchrun
+    assert not re.search(r"rank0.*Traceback", err)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["log.jsonl"]
+    assert all(json.loads(line) for line in log.read_text().splitlines())
+
+
+def test_what_gloo_says_of_a_lost_rank_is_one_line(capsys):
+    code, shown = ends(lambda: refuse(RuntimeError("[/w/gloo/pair.cc:5] Read error: Connection reset by peer")), capsys)
+    assert code == 2 and re.fullmatch("error: another rank has ended; .*reset by peer.*\n", shown)
+
+
+@pytest.mark.parametrize("script", [train_teacher, train_student])
+@pytest.mark.parametrize("given, named", [
+    ({}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT, WORLD_SIZE"), ({"WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1"}, "MASTER_ADDR")])
+def test_half_of_torchruns_variables_is_one_line(script, given, named, two_views, monkeypatch, capsys):
+    for key in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in {"RANK": "1", **given}.items():
+        monkeypatch.setenv(key, value)
+    assert call(script, f"--dataset features --root {two_views} --device cpu") == 2
+    shown = capsys.readouterr().err
+    assert shown == f"error: RANK is set but {named} is not: start the command with torchrun --standalone " \
+                    "--nproc_per_node=N, or unset RANK\n"
+
+
+@pytest.mark.parametrize("chunk", [3, 128])
+def test_chunks_give_the_gradient_of_the_whole_batch(chunk):
+    """Eight clips of video, of which five windows are cut; loss and gradients without chunks are the oracle."""
+    torch.manual_seed(0)
+    student = models.Student(models.R3D18(), models.TNet(), models.ConcatFusion(3)).double().eval()
+    video = torch.randint(0, 256, (8, 1, 3, 2, 16, 16), dtype=torch.uint8)
+    windows = torch.tensor([[0, 1], [1, 2], [2, 3], [6, 7], [5, 5]])
+    before, found = {k: v.clone() for k, v in student.named_buffers()}, []
+    for student.chunk in (None, chunk):
+        passed = []
+        handle = student.backbone.register_forward_pre_hook(lambda m, x, seen=passed: seen.append(len(x[0])))
+        student.zero_grad()
+        output, z = student(video, windows)
+        loss = pkdot_loss(z, randn(5, 7), 3) + task_loss(output, torch.tensor([0, 1, 2, -1, 0]))
+        loss.backward()
+        handle.remove()
+        found.append({"loss": loss.detach()} | {k: p.grad for k, p in student.named_parameters() if p.grad is not None})
+    assert sorted(passed) == ([2, 2, 3, 3, 3, 3] if chunk == 3 else [8, 8])  # forward, and again going backward
+    assert len(found[0]) > 60
+    assert_close(found[1], found[0], 1e-5)
+    assert equal(dict(student.named_buffers()), before)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_each_clip_of_a_batch_of_windows_is_read_once(chunk, tmp_path, monkeypatch):
+    """Dense windows share clips; the student's answers are those of whole windows, read one by one."""
+    affwild2(tmp_path, "one", 250)
+    affwild2(tmp_path, "two", 70)
+    source = data.open_dataset("affwild2", tmp_path, length=4, image_size=32, privileged=False)
+    index = data.label_windows(source, source.label, dense=True).index
+    torch.manual_seed(0)
+    student = lively(models.Student(models.R3D18(), models.TNet(), models.JointCrossAttention(2, 4), chunk=chunk))
+    reads, visual = [], source.visual
+    source.visual = lambda row: reads.append(row) or visual(row)
+    args = SimpleNamespace(device=torch.device("cpu"), workers=0)
+    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))
+    for batch, x in zip(order.split(3), train_student.student_inputs(source, None, index, order.split(3), args), strict=True):
+        assert sorted(reads) == sorted(set(index[batch].flatten().tolist()))
+        assert len(reads) < index[batch].numel()
+        reads.clear()
+        with torch.no_grad():
+            shown, whole = student(*x), student(torch.stack([torch.stack([visual(int(r)) for r in w]) for w in index[batch]]))
+        for a, b in zip(shown, whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

@@ -295,8 +295,8 @@ def open_features(teacher):
     features = train_teacher.open_features(teacher["stage 1"], teacher["settings"])
     if features.backbones != teacher["backbones"]:
         raise UserError(f"{teacher['stage 1']}: features.npz is of other backbones than "
-                        f"{teacher['path']}; finish the teacher: train_teacher.py --resume with the "
-                        "same flags")
+                        f"{teacher['path']}; finish the teacher: train_teacher.py --resume with "
+                        "the same flags")
     return features
 
 
@@ -347,7 +347,7 @@ def student_output(student, settings, source, index, args, text):
     """Output of the student for windows of faces, in the precision that it was trained in."""
     amp = settings["student_amp"]
     precision = functools.partial(torch.autocast, args.device.type, torch.bfloat16)
-    batches = torch.arange(len(index)).split(32)
+    batches = train_teacher.dealt(torch.arange(len(index)).split(32), args)
     loader = train_teacher.clip_loader(source, "visual", index, batches, args)
 
     def forward(clips):
@@ -613,7 +613,8 @@ def fill(table, args):
     missing = {json.dumps(want(teacher, flags)): (teacher, flags)
                for teacher, students in jobs.values() for flags in students
                if not student_of(teacher, flags, known)}
-    for teacher, flags in train_teacher.dealt(list(missing.values()), args):
+    train_teacher.wait_for_all()  # until all have read: who trains changes what is missing
+    for teacher, flags in train_teacher.deal_out(list(missing.values()), "students", args):
         distil(teacher, train_teacher.alone(flags), keep_student=False)
     train_teacher.wait_for_all()
     known = read_results(results)
@@ -664,7 +665,8 @@ def ensure_teachers(settings, source, args):
               if {"all", str(fold)} & set(args.fold)]
     paths = [train_teacher.run_folder(one, args.out) / "teacher.pt" for one in wanted]
     missing = [one for one, path in zip(wanted, paths, strict=True) if not path.exists()]
-    for one in train_teacher.dealt(missing, args):
+    train_teacher.wait_for_all()  # until all have looked
+    for one in train_teacher.deal_out(missing, "teachers", args):
         train_teacher.train_teacher(one, source, train_teacher.alone(args))
     train_teacher.wait_for_all()
     teachers = list(map(open_teacher, paths))
@@ -932,6 +934,9 @@ def figure_5(args):
     classes = "va" if dataset == "affwild2" else None
     args = with_flags(args, {"lambda": vars(args)["lambda"][0], "fold": args.fold[:1]})
     teacher, = ensure_teachers(*teacher_settings(dataset, classes, args), args)
+    if args.rank > 0:
+        return
+    args = train_teacher.alone(args)
     settings, features = teacher["settings"], open_features(teacher)
     epochs = identity(args, teacher)["epochs"]
 
@@ -1023,11 +1028,11 @@ def main():
         raise UserError(f"--k {args.k}: the similarity matrix has only --batch-size "
                         f"{args.batch_size} rows; lower --k or raise --batch-size")
     if args.evaluate:
-        evaluate(args.evaluate, args)
+        evaluate(args.evaluate, train_teacher.one_voice(args))
     elif args.predict:
         if not args.student:
             raise UserError("--predict needs --student STUDENT.pt")
-        predict(args.predict, args.student, args)
+        predict(args.predict, args.student, train_teacher.one_voice(args))
     elif args.table or args.figure:
         tabulate(args)
     else:
@@ -1063,7 +1068,7 @@ def distil_folds(args):
     paths = siblings(args.teacher or newest_teacher(args), args.fold)
     together = len(paths) == 1 and args.finetune
     args = train_teacher.one_voice(args) if together else args
-    for path in paths if together else train_teacher.dealt(paths, args):
+    for path in paths if together else train_teacher.deal_out(paths, "students", args):
         teacher = open_teacher(path)
         settings, found = teacher["settings"], teacher["scores"]
         if args.rank == 0 or not together:

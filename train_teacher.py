@@ -84,12 +84,13 @@ def choose_device(name, amp=False):
 def join_ranks(args):
     """Sets args.rank, args.world and the device; under torchrun, the ranks meet here."""
     args.rank, args.world = RANK, WORLD
+    missing = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if "RANK" in os.environ and missing:
+        raise UserError(f"RANK is set but {', '.join(sorted(missing))} is not: start the command "
+                        "with torchrun --standalone --nproc_per_node=N, or unset RANK")
     args.device = choose_device(args.device, args.amp)
     if args.world == 1:
         return
-    if "MASTER_ADDR" not in os.environ:
-        raise UserError("RANK is set but MASTER_ADDR is not: start the command with "
-                        "torchrun --standalone --nproc_per_node=N")
     if args.device.type == "cuda":
         args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if args.device.index >= torch.cuda.device_count():
@@ -97,6 +98,8 @@ def join_ranks(args):
                             f"--nproc_per_node={torch.cuda.device_count()}")
         torch.cuda.set_device(args.device)
     backend = "nccl" if args.device.type == "cuda" else "gloo"
+    # each line in one piece, or those of several ranks cut one another
+    sys.stdout.reconfigure(line_buffering=True, write_through=False)
     # some ranks wait for others to train whole folds
     dist.init_process_group(backend, timeout=timedelta(days=7))
 
@@ -163,6 +166,12 @@ def spread(model, args):
     if args.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return nn.parallel.DistributedDataParallel(model)
+
+
+def agree(model, args):
+    """All ranks take the statistics of the first one's batch norm."""
+    for buffer in model.buffers() if args.world > 1 else ():
+        dist.broadcast(buffer, 0)
 
 
 def seed_all(*numbers):
@@ -234,7 +243,7 @@ def clip_loader(source, modality, index, batches, args):
 
 
 def bar(batches, text):
-    return tqdm(batches, desc=text, leave=False, disable=None)
+    return tqdm(batches, desc=text, leave=False, disable=RANK > 0 or None)
 
 
 @torch.inference_mode()
@@ -255,6 +264,13 @@ def answers(forward, batches, args):
 def dealt(jobs, args):
     """This rank's share of jobs that need no communication."""
     return jobs[args.rank::args.world]
+
+
+def deal_out(jobs, what, args):
+    """This rank's share of whole trainings; one that has none says so."""
+    if jobs and args.rank >= len(jobs):
+        print(f"rank {args.rank} only waits: {args.world} processes, {what} to train: {len(jobs)}")
+    return dealt(jobs, args)
 
 
 def score(source, windows, output):
@@ -357,7 +373,8 @@ COMMON = dict(  # the numbers of epochs are not in the paper
     classes=2, image_size=112, lr=1e-3, backbone_epochs=30, fusion_epochs=50, fusion_batch_size=64,
     seed=0, amp=False, weights=None, folds="subjects", labelled=None, face_start=None)
 SETTINGS = {  # of every checkpoint
-    "dataset", "root", "fold", "folds", "labelled", "task", "outputs", "length", "face_start", "data"}
+    "dataset", "root", "fold", "folds", "labelled", "task", "outputs", "length", "face_start",
+    "data"}
 STAND_IN = {  # few samples and a CPU: smaller images, smaller batches, more passes over less
     "biovid": dict(image_size=32, batch_size=16, backbone_epochs=4, fusion_epochs=200),
     "affwild2": dict(image_size=48, batch_size=4, lr=1e-4, backbone_epochs=10, fusion_epochs=20)}
@@ -503,6 +520,7 @@ def train_backbone(modality, source, fold, settings, args, folder):
 
         # the epoch is chosen on held-out training groups
         model.eval()
+        agree(model, args)
         loader = clip_loader(source, modality, val.index, validation, args)
         found = score(source, val, answers(forward, loader, args))
         if best is None or criterion(found) > best["score"]:
@@ -795,7 +813,7 @@ def main():
     # several folds are dealt out to the ranks, one is trained by all of them together
     folds = folds if args.fold == "all" else [int(args.fold)]
     each = alone(args) if len(folds) > 1 else one_voice(args)
-    for fold in dealt(folds, args) if len(folds) > 1 else folds:
+    for fold in deal_out(folds, "folds", args) if len(folds) > 1 else folds:
         settings["fold"] = fold
         found = train_teacher(settings, source, each)
         if found:
