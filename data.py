@@ -643,8 +643,8 @@ def read_sound(path, end):
     piece = np.asarray(sound[max(start, 0):stop])
     if piece.dtype.kind == "i":
         piece = piece / -float(np.iinfo(piece.dtype).min)
-    if not np.isfinite(piece).all():
-        raise UserError(f"{path}: holds NaN or infinity before {end:.2f} s; make it again with "
+    if not (np.abs(piece) < 1e9).all():  # its power is a float32
+        raise UserError(f"{path}: holds NaN or values beyond 1e9 before {end:.2f} s; make it again with "
                         f"ffmpeg -ac 1 -ar {SOUND_RATE}")
     piece = piece.mean(1) if piece.ndim == 2 else piece
     piece = np.pad(piece, (max(-start, 0), stop - max(start, 0) - len(piece)))
@@ -763,8 +763,11 @@ class Features:
         if labelled:
             self.label = torch.from_numpy(self._read_label(arrays["label"], count, clips))
         if self.backbones and "frame_row" in arrays:
-            self.frame_row, self.frame_label = (torch.from_numpy(arrays[key])
-                                                for key in ("frame_row", "frame_label"))
+            row, label = arrays["frame_row"], arrays.get("frame_label", np.zeros(0))
+            if (row.dtype != int or label.dtype != np.float32 or label.shape != (len(row), 2)
+                    or not np.isin(row, np.arange(count * clips)).all() or not np.isfinite(label).all()):
+                raise UserError(f"{path}: frame_row and frame_label are damaged; delete the file")
+            self.frame_row, self.frame_label = torch.from_numpy(row), torch.from_numpy(label)
         elif labelled:
             self.frame_row = self.label.isfinite().view(len(self.label), -1).all(1).nonzero()[:, 0]
             self.frame_label = self.label[self.frame_row]

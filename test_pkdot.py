@@ -4,6 +4,8 @@ force, a permutation; none needs a GPU, the network or data that is not made her
     python -m pytest -q test_pkdot.py
     python -m pytest -q test_pkdot.py -k "sinkhorn or pkdot_loss"
 """
+import contextlib
+import io
 import itertools
 import json
 import math
@@ -18,7 +20,9 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 import warnings
+import zlib
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -3225,3 +3229,353 @@ def test_yunet_is_asked_as_opencv_documents_it(tmp_path, monkeypatch, cv2):
     assert crop(f"{tmp_path / 'me.mp4'} --root {tmp_path} --detector y.onnx --workers 0") == 0
     assert [args[:2] for args in created] == [("y.onnx", "")]
     assert set(crops_in(tmp_path / "faces" / "me")) == {*range(1, 31), *range(46, 76)}
+
+
+# ------------------------------------------------------------------------------- proof: faults, kills, bombs and leaks
+
+# Generated faults, each through the scripts as a user calls them: how many each target gets, 500 in all. A failure
+# prints the target and number that seed its fault: test_generated_faults(target) with range(number, number + 1).
+FAULTS = {"annotation": 50, "fps": 15, "csv": 50, "wav": 60, "image": 65, "name": 50, "npz": 70, "run's npz": 20,
+          "teacher": 20, "student": 35, "stage 1": 20, "stage 1's progress": 10, "stage 2's progress": 10,
+          "stage 3's progress": 10, "weights": 15}
+LONGEST, MOST = 20, 300  # seconds a command may take; MiB that a target may add to the process' peak of memory
+WORDS = ["", " ", "nan", "-inf", "-5", "1e400", "9" * 300, "0x1F", "1_0", "0,5", "abc", "\0", "é", '"', "#", "True"]
+ODD = [None, True, "", "x", -1, 0, 7, 2**31, 10**18, 0.5, 1e308, math.nan, -math.inf, [], {}, (1, "a"), torch.zeros(2)]
+
+
+def one_of(rng, choices):
+    return choices[rng.integers(len(choices))]
+
+
+def spoil_bytes(rng, content):
+    """Truncated, flipped, holes, pieces missing or repeated, noise, nothing."""
+    kind, reach = one_of(rng, ["cut", "cut", "flip", "flip", "hole", "gap", "again", "noise", "empty"]), len(content) + 1
+    a, b = sorted(rng.integers(0, min(reach, one_of(rng, [60, reach])), 2).tolist())
+    flipped = np.frombuffer(content, np.uint8).copy()
+    flipped[rng.integers(0, b + 1, 4).clip(max=reach - 2)] ^= rng.integers(1, 256, 4, dtype=np.uint8)
+    return f"{kind} {a} {b}", {
+        "cut": content[:b], "hole": content[:a] + bytes(b - a) + content[b:], "gap": content[:a] + content[b:],
+        "again": content[:b] + content[a:], "noise": rng.bytes(b - a), "empty": b"", "flip": flipped.tobytes()}[kind]
+
+
+def spoil_text(rng, content):
+    """Fields swapped, replaced, missing or added; lines likewise; other delimiters and encodings."""
+    mark = next(mark for mark in "\t, " if mark in content.decode())
+    lines = [line.split(mark) for line in content.decode().splitlines()]
+    i, j = one_of(rng, [0, rng.integers(len(lines))]), rng.integers(len(lines))
+    a, b = rng.integers(0, len(lines[i]), 2)
+    word = one_of(rng, [*WORDS, repr(float(rng.normal() * 10.0 ** rng.integers(-9, 20)))])
+    mark, code = one_of(rng, ["\t", ",", ";", "|", "  "] + [mark] * 40), "utf-8"
+    kind = one_of(rng, ["fields", "columns", "word", "word", "field", "new", "line", "lines", "swap", "again", "code"])
+    if kind == "fields":
+        lines[i][a], lines[i][b] = lines[i][b], lines[i][a]
+    elif kind == "columns":
+        lines[0][0], lines[0][-1] = lines[0][-1], lines[0][0]
+    elif kind == "word":
+        lines[i][a] = word
+    elif kind == "field":
+        del lines[i][a]
+    elif kind == "new":
+        lines[i].insert(a, word)
+    elif kind in ("line", "lines"):
+        del lines[i:i + 1 if kind == "line" else j]
+    elif kind == "swap":
+        lines[i], lines[j] = lines[j], lines[i]
+    elif kind == "again":
+        lines[j:j] = lines[i:i + 1] * one_of(rng, [1, 2, 100])
+    else:
+        code = one_of(rng, ["utf-8-sig", "utf-16", "utf-16-le", "cp500"])
+    return f"{kind} {i} {j} {a} {b} {word!r:.20} {mark!r} {code}", "\n".join(map(mark.join, lines)).encode(code)
+
+
+def spoil_wav(rng, content):
+    """A header's field of an odd value, or a wav of an odd kind."""
+    size, value = one_of(rng, [2, 4]), one_of(rng, [0, 1, 2, 3, 8, 24, 255, 999, 2**15, 2**16 - 1, 2**31, 2**32 - 1])
+    if rng.random() < 0.6:
+        at = 2 * rng.integers(0, 22)
+        changed = content[:at] + (value % 256**size).to_bytes(size, "little") + content[at + size:]
+        return f"header {at} {value} {size}", changed
+    kind, channels, file = one_of(rng, ["u1", "i2", "i4", "i8", "f4", "f8"]), one_of(rng, [1, 1, 2, 9]), io.BytesIO()
+    sound = (rng.normal(size=(one_of(rng, [0, 9, 20000]), channels)) * one_of(rng, [0, 1, 1e30, math.nan]))
+    with np.errstate(all="ignore"):
+        wavfile.write(file, one_of(rng, [1, 999, 8000, 44100, 200001]), sound.astype(kind))
+    return f"wav {kind} {sound.shape}", file.getvalue()
+
+
+def spoil_image(rng, content):
+    """An image of another kind or size, or a png whose header is absurd."""
+    kind, mode = one_of(rng, ["JPEG", "PNG", "PNG", "GIF", "BMP", "TIFF"]), one_of(rng, ["RGB", "L", "1", "P", "CMYK", "I;16"])
+    size, file = [one_of(rng, [1, 2, 16, 3000]) for _ in "wh"], io.BytesIO()
+    with contextlib.suppress(OSError):  # not every kind has every mode
+        Image.new(mode, size).save(file, kind)
+    image = file.getvalue()
+    if kind == "PNG" and rng.random() < 0.5:
+        size = [one_of(rng, [0, 1, 9000, 12000, 60000, 2**31 - 1]) for _ in "wh"]
+        head = b"IHDR" + struct.pack(">II", *size) + image[24:29]
+        image = image[:12] + head + struct.pack(">I", zlib.crc32(head)) + image[33:]
+    return f"{kind} {mode} {size}", image
+
+
+def spoil_arrays(rng, path):
+    """Arrays missing, swapped, of other types, shapes, values; and arrays that nobody asked for."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    extra = {"video": rng.integers(0, 3, 24), "split": np.array(["train", "test"])[rng.integers(0, 2, 24)],
+             "frame_row": rng.integers(-9, 99, 24), "frame_label": rng.normal(size=(24, 2)),
+             "backbones": np.array("a-b"), "file": np.zeros(3)}
+    key, other = one_of(rng, [*arrays]), one_of(rng, [*arrays])
+    array, kind = arrays[key], one_of(rng, ["gone", "swap", "type", "type", "shape", "shape", "value", "value", "extra"])
+    what = f"{kind} {key} {other}"
+    if kind == "gone":
+        del arrays[key]
+    elif kind == "swap":
+        arrays[key], arrays[other] = arrays[other], arrays[key]
+    elif kind == "type":
+        new = one_of(rng, ["?", "i1", "u8", "f2", ">f8", "g", "c16", "O", "S9", "U9", "M8[s]", "m8"])
+        with contextlib.suppress(ValueError, TypeError):
+            arrays[key] = array.astype(new)
+        what += new
+    elif kind == "shape":
+        array = np.atleast_1d(array)
+        arrays[key] = one_of(rng, [array.ravel(), array[None], array[..., None], array[:-1], array[:0], array.T,
+                                   array.ravel()[0], np.concatenate([array, array])])
+    elif kind == "value":
+        odd = one_of(rng, [math.nan, math.inf, 1e300, -5, -1, 2**40, 0, "x"])
+        changed = array.copy().reshape(-1)
+        with contextlib.suppress(ValueError, OverflowError), np.errstate(all="ignore"):
+            changed[rng.integers(0, changed.size, one_of(rng, [1, 99]))] = odd
+        arrays[key], what = changed.reshape(array.shape), f"{what} {odd}"
+    else:
+        for key in rng.choice([*extra], 2):
+            arrays[key] = extra[key]
+            what += f" {key}"
+    np.savez(path, **arrays)
+    return what
+
+
+def spoil_state(rng, path):
+    """A checkpoint whose field is missing, swapped, of another type, absurd; a tensor of another kind."""
+    node = state = torch.load(path, weights_only=True)
+    trail = [one_of(rng, [*node])]
+    while isinstance(child := node[trail[-1]], (dict, list)) and child and rng.random() < 0.8:
+        node = child
+        trail.append(one_of(rng, [*node] if isinstance(node, dict) else range(len(node))))
+    key, kind = trail[-1], one_of(rng, ["gone", "odd", "odd", "swap", "all"])
+    other, odd = one_of(rng, [*node] if isinstance(node, dict) else range(len(node))), one_of(rng, ODD)
+    if torch.is_tensor(child) and rng.random() < 0.6:
+        node[key] = odd = one_of(rng, [child.flatten()[1:], child.double(), child.int(), child * math.nan,
+                                       child.to(torch.complex64), child[None]])
+        kind = "tensor"
+    elif kind == "gone":
+        del node[key]
+    elif kind == "odd":
+        node[key] = odd
+    elif kind == "swap":
+        node[key], node[other] = node[other], node[key]
+    else:
+        state = one_of(rng, [odd, [state], {"state_dict": odd}, node, {key: state}])
+    torch.save(state, path)
+    return f"{kind} {trail} {other if kind == 'swap' else str(odd)[:60]}"
+
+
+def spoil_name(rng, path):
+    """The new path of what is renamed."""
+    name = one_of(rng, ["", "x", " ", "a b", "ü", "\udcfc", "a\nb", "-x", "'", ".x", "0" * 200, path.name.upper(),
+                        path.name[:-1], path.name + "_left", path.name.replace("1", "2"), "batch1", "__MACOSX"])
+    new = one_of(rng, [path.with_name(name or "y"), path.parent.parent / path.name, path.with_name(path.name + name)])
+    return path if new.exists() else path.rename(new)
+
+
+class Slight(models.Backbone):
+    """Stands for the three deep backbones, which would take minutes: what is tested is what they are given."""
+
+    def __init__(self, channels):
+        super().__init__(fitted=channels == 1)
+        self.layer = torch.nn.Linear(channels, models.D)
+
+    def features(self, clips):
+        return self.layer(clips.flatten(2).mean(2))
+
+
+SLIGHT = {name: type(name, (Slight,), {"__init__": lambda self, n=n: Slight.__init__(self, n)})
+          for name, n in (("R3D18", 3), ("I3D", 3), ("SpectrogramResNet18", 1))}
+
+
+@contextlib.contextmanager
+def slight_backbones():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so little work is quicker alone
+    with pytest.MonkeyPatch.context() as patch:
+        for name, backbone in SLIGHT.items():
+            patch.setattr(models, name, backbone)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def slight():
+    with slight_backbones():
+        yield
+
+
+def interrupted(script, line, stage):
+    """Runs a command that stops in its last epoch of a stage, a file to resume from behind it."""
+    append = script.append_line
+
+    def dying(path, record):
+        append(path, record)
+        if record.get("stage") == stage and record["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_teacher, "SAVE_EVERY", 0)
+        patch.setattr(script, "append_line", dying)
+        assert call(script, line) == 130
+
+
+KINDS = {  # of data: where it lies, how a teacher is trained on it, what a student is shown
+    "biovid": ("biovid", "biovid_b", "--image-size 32", "biovid/faces"),
+    "affwild2": ("affwild2", "affwild2", "--image-size 32 --clips 2", "affwild2/cropped_aligned"),
+    "features": ("a.npz", "features", "", "a.npz")}
+COMMANDS = {
+    "check": (data, "--check {dataset} --root {data}"),
+    "train": (train_teacher, "--dataset {dataset} --root {data} {more} --workers 0 --device cpu --backbone-epochs 2 "
+                             "--fusion-epochs 2 --out {new}"),
+    "resume": (train_teacher, "--dataset {dataset} --root {data} {more} --workers 0 --device cpu --backbone-epochs 2 "
+                              "--fusion-epochs 2 --out {out} --resume"),
+    "distil": (train_student, "--epochs 2 --batch-size 6 --k 5 --workers 0 --device cpu --out {out} --resume"),
+    "evaluate": (train_student, "--evaluate {student} --root {data} --workers 0 --device cpu"),
+    "predict": (train_student, "--predict {faces} --student {student} --workers 0 --device cpu"),
+    "weights": (train_teacher, "--dataset biovid_b --root {data} {more} --workers 0 --device cpu --backbone-epochs 1 "
+                               "--fusion-epochs 1 --out {new} --visual-weights {out}/weights.pt")}
+
+
+def command(name, ground, kind, out, new=None):
+    """A script and its command line on one of the fixture's kinds of data."""
+    where, dataset, more, faces = KINDS[kind]
+    script, line = COMMANDS[name]
+    student = next(out.rglob("student-pkdot.pt"), None)
+    return script, line.format(data=ground / where, dataset=dataset, more=more, faces=ground / faces, out=out, new=new,
+                               student=student)
+
+
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory):
+    """Small data of each kind, a teacher and a student of each, and runs stopped in a stage."""
+    root = tmp_path_factory.mktemp("ground")
+    names = [f"0{i}1309_w_2{i}-{'BL1' if i % 2 else 'PA4'}-081" for i in range(1, 8)]
+    biovid(root / "biovid", names, [51, 81, 125])
+    (root / "affwild2").mkdir()
+    for i, video in enumerate(("one", "two", "three_left", "four")):
+        affwild2(root / "affwild2", video, 40 + i, "Validation_Set" if video == "four" else "Train_Set", present=[1, 20, 40])
+    write(root / "affwild2/fps.txt", "one 25\ntwo.mp4 30000/1001\nthree 30\n")
+    np.savez(root / "a.npz", **arrays(24, label=np.arange(24) % 2, group=np.arange(24) // 3))
+    with slight_backbones():
+        for kind in KINDS:
+            assert call(*command("train", root, kind, root / "out", root / "out" / kind)) == 0
+            assert call(*command("distil", root, kind, root / "out" / kind)) == 0
+        for stage, step in (("visual", "resume"), ("fusion", "resume"), ("student", "distil")):
+            if stage == "student":
+                shutil.copytree(root / "out/features", root / "out" / stage, ignore=shutil.ignore_patterns("student*"))
+            interrupted(*command(step, root, "features", root / "out" / stage), stage)
+    (root / "out/weights").mkdir()
+    torch.save({"state_dict": SLIGHT["R3D18"]().state_dict() | {"fc.weight": torch.zeros(4, 4)}},
+               root / "out/weights/weights.pt")
+    return root
+
+
+TARGETS = {  # the files that a target's faults are in, what else than bytes is spoiled, and who reads them
+    "annotation": ("affwild2/annotations/*/*/*.txt", spoil_text, "check train evaluate"),
+    "fps": ("affwild2/fps.txt", spoil_text, "check train evaluate"),
+    "csv": ("biovid/biosignals_filtered/*/*.csv", spoil_text, "check check train"),
+    "wav": ("affwild2/audio/*.wav", spoil_wav, "check train"),
+    "image": ("[ab][fi]*/**/*.jpg", spoil_image, "check train evaluate predict"),
+    "name": ("[ab][fi]*/*/**/*", spoil_name, "check train evaluate predict"),
+    "npz": ("a.npz", spoil_arrays, "check train evaluate predict"),
+    "run's npz": ("out/features/**/features.npz", spoil_arrays, "distil resume"),
+    "teacher": ("out/features/**/teacher.pt", spoil_state, "distil resume"),
+    "student": ("out/[abf]*/**/student-pkdot.pt", spoil_state, "evaluate predict distil"),
+    "stage 1": ("out/features/**/[vp]*.pt", spoil_state, "distil resume"),
+    "stage 1's progress": ("out/visual/**/visual.progress", spoil_state, "resume"),
+    "stage 2's progress": ("out/fusion/**/fusion.progress", spoil_state, "resume"),
+    "stage 3's progress": ("out/student/**/*.progress", spoil_state, "distil"),
+    "weights": ("out/weights/weights.pt", spoil_state, "weights")}
+
+
+class Hangs(BaseException):
+    """Not an Exception: the scripts must not catch it."""
+
+
+def spoiled(rng, path, spoil):
+    """Spoils the file at path, or renames it; returns what was done and where it lies now."""
+    if spoil is spoil_name:
+        return "renamed", spoil_name(rng, path)
+    spoil = spoil_bytes if rng.random() < 0.3 else spoil
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's, about odd casts
+        if spoil in (spoil_arrays, spoil_state):
+            return spoil(rng, path), path
+        what, content = spoil(rng, path.read_bytes())
+    write(path, content)
+    return what, path
+
+
+def complaint(script, line, names, capfd):
+    """What is wrong with how a command ends, or None."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        warnings.simplefilter("ignore", ResourceWarning)  # as Python does
+        signal.setitimer(signal.ITIMER_REAL, LONGEST)
+        try:
+            code = call(script, line)
+        except BaseException:
+            code = traceback.format_exc()[-1500:]
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    out, err = capfd.readouterr()
+    listed = code == 2 and script is data and out.endswith(" faults\n")  # --check has them on stdout
+    if code == 0 or code == 1 and "--predict" in line:
+        right = not re.search(r"\bnan\b", out) and (code == 0 or err)
+    else:
+        shown = out if listed else err
+        right = code == 2 and len(caught) + err.count("\n") == (not listed) and any(name in shown for name in names)
+    more = [str(warning.message) for warning in caught]
+    return None if right else f"exit {code}, warnings {more}, stdout ends {out[-300:]!r}, stderr {err[-900:]!r}"
+
+
+@pytest.mark.parametrize("target", FAULTS)
+def test_each_generated_fault_is_one_line_that_names_the_file_or_does_no_harm(target, ground, slight, tmp_path, capfd):
+    """No traceback, no hang, no growth of memory; a fault that does no harm ends with 0."""
+    pattern, spoil, readers = TARGETS[target]
+    paths, faults = sorted(ground.glob(pattern)), []
+    previous = signal.signal(signal.SIGALRM, lambda *_: refuse(Hangs()))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in range(FAULTS[target]):
+        rng = np.random.default_rng([list(FAULTS).index(target), number])
+        path, reader = one_of(rng, paths), one_of(rng, readers.split())
+        first, second = path.relative_to(ground).parts[:2] if path.parent != ground else (path.stem, "")
+        kind = {"a": "features", "out": {"weights": "biovid"}.get(second, second)}.get(first, first)
+        kind = kind if kind in KINDS else "features"
+
+        # the file is spoiled in its place, or in a copy of its run, and read; then all is as it was
+        old, out = path, ground / "out" / kind
+        content = path.read_bytes() if path.is_file() else None
+        if first == "out":
+            out = tmp_path / "run"
+            shutil.copytree(ground / "out" / second, out)
+            path = out / path.relative_to(ground / "out" / second)
+            if reader == "distil" and "progress" not in target:
+                [student.unlink() for student in out.rglob("student*") if student != path]
+        what, new = spoiled(rng, path, spoil)
+        names = [str(path), str(path.parent), str(new), path.name] + [str(ground / first)] * (path != new)
+        found = complaint(*command(reader, ground, kind, out, tmp_path / "new"), names, capfd)
+        if found:
+            faults.append(f"{target} {number}: {reader} after {what} of {path}{new}: {found}")
+        if new != path:
+            new.rename(path)
+        elif content is not None:
+            write(old, content)
+        for folder in ("run", "new"):
+            shutil.rmtree(tmp_path / folder, ignore_errors=True)
+    signal.signal(signal.SIGALRM, previous)
+    assert not faults, "\n".join(faults)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < MOST * 1024

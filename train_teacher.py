@@ -180,10 +180,17 @@ def seed_all(*numbers):
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
+def seal(state):
+    """A digest of every field of a checkpoint, of its tensors the kind, the shape and whether they
+    are finite: one that was spoiled since `save` is refused here, not met with a traceback there."""
+    text = json.dumps(state, default=lambda x: f"{x.dtype} {tuple(x.shape)} {x.isfinite().all()}")
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def save(path, state):
     """torch.save that leaves the old file or the new one, never half of it."""
     with data.replacing(path) as part:
-        torch.save(state, part)
+        torch.save({**state, "seal": seal(state)}, part)
 
 
 def read_checkpoint(path):
@@ -200,10 +207,14 @@ def read_checkpoint(path):
 def load(path, kind):
     """A checkpoint that `save` wrote; UserError unless it is a `kind` ("teacher", ...)."""
     state = read_checkpoint(path)
-    if not isinstance(state, dict) or state.get("kind") != kind:
-        raise UserError(f"{path}: not a {kind} checkpoint of these scripts; "
+    try:
+        whole = state.pop("seal") == seal(state) and state["kind"] == kind
+    except Exception:  # any kind of content
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: not a {kind} checkpoint as these scripts write it; "
                         "give another file or train it again")
-    if not isinstance(state.get("settings"), dict) or SETTINGS - state["settings"].keys():
+    if SETTINGS - state["settings"].keys():
         raise UserError(f"{path}: written by another version of these scripts; train it again")
     return state
 
