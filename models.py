@@ -46,7 +46,16 @@ class Backbone(nn.Module):
         return self.features((clips - self.mean) / self.std).unflatten(0, x.shape[:2])  # (B, L, D)
 
 
-class R3D18(Backbone):
+class VideoBackbone(Backbone):
+    """Its layers, applied in the order in which its constructor names them."""
+
+    def features(self, video):  # (N, 3, F, H, W) -> (N, 512)
+        for layer in self.children():
+            video = layer(video)
+        return video
+
+
+class R3D18(VideoBackbone):
     """torchvision's R3D-18 without its classifier, section IV-B1; video (B, L, 3, F, H, W) ->
     (B, L, 512)."""
 
@@ -54,11 +63,9 @@ class R3D18(Backbone):
         kinetics = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
         super().__init__(*(torch.tensor(s).view(3, 1, 1, 1) for s in kinetics), fitted=False)
         body = r3d_18()
-        self.stem, self.layer1, self.layer2 = body.stem, body.layer1, body.layer2
-        self.layer3, self.layer4 = body.layer3, body.layer4
-
-    def features(self, video):  # (N, 3, F, H, W) -> (N, 512)
-        return self.layer4(self.layer3(self.layer2(self.layer1(self.stem(video))))).mean((2, 3, 4))
+        body.fc = nn.Flatten()  # after the pool, in the classifier's place
+        for name, layer in body.named_children():
+            self.add_module(name, layer)
 
 
 class Unit3D(nn.Module):
@@ -105,7 +112,7 @@ class Inception(nn.Module):
         return torch.cat(branches, 1)
 
 
-class I3D(Backbone):
+class I3D(VideoBackbone):
     """Inception-v1 inflated to 3D (Carreira and Zisserman 2017) and Linear(1024, 512); Table III.
 
     Video (B, L, 3, F, H, W), H and W from 32 -> (B, L, 512). Frames are brought to [-1, 1].
@@ -131,42 +138,36 @@ class I3D(Backbone):
         self.MaxPool3d_5a_2x2 = MaxPool3dSame((2, 2, 2), (2, 2, 2))
         self.Mixed_5b = Inception(832, 256, 160, 320, 32, 128, 128)
         self.Mixed_5c = Inception(832, 384, 192, 384, 48, 128, 128)
+        self.pool, self.flatten = nn.AdaptiveAvgPool3d(1), nn.Flatten()  # (N, 1024)
         self.projection = nn.Linear(1024, D)
-
-    def features(self, video):  # (N, 3, F, H, W) -> (N, 512)
-        for name, layer in self.named_children():
-            if name != "projection":
-                video = layer(video)
-        return self.projection(video.mean((2, 3, 4)))
 
 
 def load_weights(backbone, state):
     """Load a public checkpoint into a visual backbone; returns (keys left out, parameters kept).
 
-    state: a state dict, or a dict that holds one as state_dict, model or model_state_dict; its keys
-    may begin with module., backbone. or encoder. Only a classifier may be left out, and only I3D's
-    own projection may be missing. Raises ValueError for whatever else does not fit.
+    state: a state dict, or a dict that holds one under any name; its keys may begin with module.,
+    model., backbone. or encoder. What the backbone has no place for, as a classifier, is left out;
+    only I3D's own projection may be missing. Raises ValueError if a tensor is missing or does not
+    fit; the backbone is then loaded in part.
     """
-    for wrapping in ("state_dict", "model_state_dict", "model"):
-        state = state.get(wrapping, state) if isinstance(state, dict) else {}
-    state = {re.sub(r"^((module|backbone|encoder|model)\.)+", "", key): value
+    # Beside settings and an optimizer's state, the state dict is the dict with the most entries
+    found = [state, *state.values()] if isinstance(state, dict) else []
+    state = max((d for d in found if isinstance(d, dict)), key=len, default={})
+    state = {re.sub(r"^((module|model|backbone|encoder)\.)+", "", key): value
              for key, value in state.items() if torch.is_tensor(value)}
-    own, kind = backbone.state_dict(), type(backbone).__name__
+    kind = type(backbone).__name__
 
-    # torchvision's counters of batches are not in every checkpoint, and nothing here reads them
-    missing = sorted(k for k in own.keys() - state.keys() if not k.endswith("num_batches_tracked"))
-    unexplained = [k for k in missing if not k.startswith("projection.")]
+    try:
+        missing, left_out = backbone.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # a title, then a line for each misfit
+        raise ValueError(f"does not fit {kind}: {str(error).splitlines()[1].strip()}") from None
+
+    unexplained = [key for key in missing if not key.startswith("projection.")]
     if unexplained:
-        first, found = ", ".join(unexplained[:4]), ", ".join([*state][:4]) or "no tensor"
-        raise ValueError(f"lacks {len(unexplained)} of {kind}'s {len(own)} tensors ({first} ...); "
-                         f"it holds {found} ...")
-    for key in own.keys() & state.keys():
-        if state[key].shape != own[key].shape:
-            found, needed = tuple(state[key].shape), tuple(own[key].shape)
-            raise ValueError(f"{key} is {found}, {kind} needs {needed}")
-
-    backbone.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
-    return sorted(state.keys() - own.keys()), missing
+        held = ", ".join([*state][:4]) or "no tensor"
+        raise ValueError(f"lacks {len(unexplained)} of {kind}'s tensors, {unexplained[0]} for one; "
+                         f"it holds {held} ...")
+    return sorted(left_out), sorted(missing)
 
 
 class SpectrogramResNet18(Backbone):
@@ -267,13 +268,12 @@ class JointCrossAttention(nn.Module):
         super().__init__()
         self.per_clip = per_clip
 
-        def weight(*shape):
-            return nn.Parameter(nn.init.xavier_uniform_(torch.empty(shape)))
+        def weights():
+            shapes = (length, length), (k, length), (k, 2 * D), (length, k)
+            return (nn.Parameter(nn.init.xavier_uniform_(torch.empty(shape))) for shape in shapes)
 
-        self.W_ja, self.Wa, self.W_ca, self.W_ha = (
-            weight(length, length), weight(k, length), weight(k, 2 * D), weight(length, k))
-        self.W_jv, self.Wv, self.W_cv, self.W_hv = (
-            weight(length, length), weight(k, length), weight(k, 2 * D), weight(length, k))
+        self.W_ja, self.Wa, self.W_ca, self.W_ha = weights()
+        self.W_jv, self.Wv, self.W_cv, self.W_hv = weights()
         self.regressor = nn.Sequential(
             nn.Linear(2 * D, 128), nn.Dropout(0.6), nn.Linear(128, outputs))
 
@@ -354,9 +354,8 @@ class Student(nn.Module):
         """video (B, L, ...); or distinct clips (U, 1, ...) and which of them each window has,
         (B, L)."""
         if self.chunk:
-            chunks = video.split(self.chunk)
-            chunks = [checkpoint(self.backbone, clips, use_reentrant=False) for clips in chunks]
-            features = torch.cat(chunks)
+            features = torch.cat([checkpoint(self.backbone, clips, use_reentrant=False)
+                                  for clips in video.split(self.chunk)])
         else:
             features = self.backbone(video)
         return self.fuse(features if windows is None else features[:, 0][windows], None, privileged)
