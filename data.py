@@ -644,8 +644,8 @@ def read_sound(path, end):
     if piece.dtype.kind == "i":
         piece = piece / -float(np.iinfo(piece.dtype).min)
     if not (np.abs(piece) < 1e9).all():  # its power is a float32
-        raise UserError(f"{path}: holds NaN or values beyond 1e9 before {end:.2f} s; make it again with "
-                        f"ffmpeg -ac 1 -ar {SOUND_RATE}")
+        raise UserError(f"{path}: holds NaN or values beyond 1e9 before {end:.2f} s; make it again "
+                        f"with ffmpeg -ac 1 -ar {SOUND_RATE}")
     piece = piece.mean(1) if piece.ndim == 2 else piece
     piece = np.pad(piece, (max(-start, 0), stop - max(start, 0) - len(piece)))
     divisor = math.gcd(rate, SOUND_RATE)
@@ -764,8 +764,9 @@ class Features:
             self.label = torch.from_numpy(self._read_label(arrays["label"], count, clips))
         if self.backbones and "frame_row" in arrays:
             row, label = arrays["frame_row"], arrays.get("frame_label", np.zeros(0))
-            if (row.dtype != int or label.dtype != np.float32 or label.shape != (len(row), 2)
-                    or not np.isin(row, np.arange(count * clips)).all() or not np.isfinite(label).all()):
+            whole = (row.dtype == int and label.dtype == np.float32 and label.shape == (len(row), 2)
+                     and np.isin(row, np.arange(count * clips)).all() and np.isfinite(label).all())
+            if not whole:
                 raise UserError(f"{path}: frame_row and frame_label are damaged; delete the file")
             self.frame_row, self.frame_label = torch.from_numpy(row), torch.from_numpy(label)
         elif labelled:

@@ -181,8 +181,8 @@ def seed_all(*numbers):
 
 
 def seal(state):
-    """A digest of every field of a checkpoint, of its tensors the kind, the shape and whether they
-    are finite: one that was spoiled since `save` is refused here, not met with a traceback there."""
+    """A digest of every field of a checkpoint, and of its tensors the type, the shape and whether
+    they are finite: one that was damaged since `save` is refused when it is loaded."""
     text = json.dumps(state, default=lambda x: f"{x.dtype} {tuple(x.shape)} {x.isfinite().all()}")
     return hashlib.sha256(text.encode()).hexdigest()
 
