@@ -2294,6 +2294,19 @@ def test_unreadable_files_are_named_from_worker_processes(stand_in, tmp_path):
     assert re.fullmatch(r"error: \S+\.jpg: .*; extract it again or delete it\n", done.stderr)
 
 
+def test_every_name_in_the_readme_is_there():
+    """The map from the paper to the code, and the tests that guard what it says."""
+    text = (SCRIPTS / "README.md").read_text()
+    modules = {"sinkhorn": sinkhorn_module, "data": data, "models": models, "train_teacher": train_teacher,
+               "train_student": train_student, "pkdot": sys.modules["pkdot"]}
+    names = set(re.findall(r"`(sinkhorn|pkdot|models|data|train_teacher|train_student)\.([A-Za-z_0-9]+)`", text))
+    names -= {(module, "py") for module in modules}
+    assert len(names) > 30
+    assert not [f"{module}.{name}" for module, name in names if not hasattr(modules[module], name)]
+    tests = set(re.findall(r"`(test_[a-z0-9_]+)`", text))
+    assert len(tests) > 10 and tests <= globals().keys(), tests - globals().keys()
+
+
 def test_documented_commands_parse():
     """Every command in the README and in the docstrings of the scripts is one that its parser takes."""
     text = (SCRIPTS / "README.md").read_text() + train_teacher.__doc__ + train_student.__doc__
@@ -3109,7 +3122,7 @@ def test_crop_names_each_video_that_fails_and_goes_on_where_it_stopped(tmp_path,
 
 
 @pytest.mark.parametrize("stop, code", [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)])
-def test_a_crop_that_is_stopped_leaves_nothing_half_crops_in(tmp_path, monkeypatch, capsys, cv2, stop, code):
+def test_a_crop_that_is_stopped_leaves_nothing_half_written(tmp_path, monkeypatch, capsys, cv2, stop, code):
     monkeypatch.setattr(data, "face_detector", lambda file: gray_finder)
     film(cv2, tmp_path / "videos" / f"{NAME}.mp4")
     write = Path.write_bytes
