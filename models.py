@@ -164,6 +164,8 @@ def load_weights(backbone, state):
         if state[key].shape != own[key].shape:
             found, needed = tuple(state[key].shape), tuple(own[key].shape)
             raise ValueError(f"{key} is {found}, {kind} needs {needed}")
+        if not state[key].isfinite().all():
+            raise ValueError(f"{key} holds NaN or infinity")
 
     backbone.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
     return sorted(state.keys() - own.keys()), missing
