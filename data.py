@@ -241,8 +241,10 @@ def read_frames(folder, names, size):
     frames = []
     for name in names:
         try:
-            with Image.open(folder / name, formats=("JPEG", "PNG")) as file:
-                image = ImageOps.exif_transpose(file)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(folder / name, formats=("JPEG", "PNG")) as file:
+                    image = ImageOps.exif_transpose(file)
             if image.mode not in ("RGB", "L", "P", "1", "CMYK") or "transparency" in image.info:
                 raise ValueError(f"{image.mode} pixels; save it with 8 bits and without alpha")
             pixels = np.array(image.convert("RGB"))
@@ -608,11 +610,11 @@ def sound_name(video):
 
 def read_annotation(path):
     """Affwild2's file -> float32 (T, 2); a row with -5 in either place has no label: NaN."""
-    label = read_table(path, ",", ["valence", "arousal"]).astype(np.float32)
+    label = read_table(path, ",", ["valence", "arousal"])
     if label.shape[1:] != (2,) or not ((np.abs(label) <= 1) | (label == INVALID)).all():
         raise UserError(f"{path}: expected two values a row, in [-1, 1] or -5; extract it again")
     label[(label == INVALID).any(1)] = NO_LABEL
-    return label
+    return label.astype(np.float32)
 
 
 def read_wav(path):
@@ -1214,6 +1216,7 @@ def main():
 def run(main):
     """Call main; what the user can mend is one line on stderr and exit code 2 (Ctrl-C: 130)."""
     code = 2
+    sys.stdout.reconfigure(errors="backslashreplace")  # files' names may be of any bytes
     try:
         try:
             main()
@@ -1237,7 +1240,7 @@ def run(main):
     except KeyboardInterrupt:
         line = "interrupted; training goes on with --resume, all else with the same command"
         code = 130
-    print("error: " * (code == 2) + line, file=sys.stderr)
+    print("error: " * (code == 2) + line.replace("\n", " "), file=sys.stderr)
     sys.exit(code)
 
 

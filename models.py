@@ -156,6 +156,9 @@ def load_weights(backbone, state):
     state = {re.sub(r"^((module|model|backbone|encoder)\.)+", "", key): value
              for key, value in state.items() if torch.is_tensor(value)}
     kind = type(backbone).__name__
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{key} holds NaN or infinity")
 
     try:
         missing, left_out = backbone.load_state_dict(state, strict=False)

@@ -275,11 +275,21 @@ def log_epoch(run, args, epochs, epoch, loss_gt, W, found):
                    f"{part} {show(found)}")
 
 
-def open_faces(settings, root=None):
-    """The data set a run was trained on, without its privileged files."""
-    return data.open_dataset(settings["dataset"], root or settings["root"], settings["outputs"],
-                             settings["length"], settings["image_size"], privileged=False,
-                             face_start=settings["face_start"])
+def open_faces(settings, root=None, labelled=True):
+    """The data set a run was trained on, without its privileged files; a features file may be
+    another one, of the same shape."""
+    root = root or settings["root"]
+    if settings["dataset"] != "features":
+        return data.open_dataset(settings["dataset"], root, settings["outputs"], settings["length"],
+                                 settings["image_size"], privileged=False,
+                                 face_start=settings["face_start"])
+    source = data.Features(root, privileged=False, labelled=labelled)
+    found = (source.length, source.rows["visual"].shape[1])
+    wanted = (settings["length"], settings["visual_dim"])
+    if found != wanted:
+        raise UserError(f"{root}: visual is (N, {found[0]}, {found[1]}), the student was trained on "
+                        f"(N, {wanted[0]}, {wanted[1]})")
+    return source
 
 
 def open_teacher(path):
@@ -381,12 +391,7 @@ def predict(folder, path, args):
     on stdout; what cannot be used is named on stderr, and then the exit code is 1."""
     student, settings, _ = load_student(path, args.device)
     if settings["dataset"] == "features":
-        source = data.Features(folder, privileged=False, labelled=False)
-        found = (source.length, source.rows["visual"].shape[1])
-        wanted = (settings["length"], settings["visual_dim"])
-        if found != wanted:
-            raise UserError(f"{folder}: visual is (N, {found[0]}, {found[1]}), the student was "
-                            f"trained on (N, {wanted[0]}, {wanted[1]})")
+        source = open_faces(settings, folder, labelled=False)
     else:
         start = settings["face_start"] if args.face_start is None else args.face_start
         source = data.Faces(folder, settings["dataset"], settings["length"],

@@ -18,6 +18,8 @@ import json
 import os
 import sys
 import time
+import warnings
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -198,7 +200,11 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; expected a checkpoint or state dict")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch's, about files that are not its own
+            warnings.simplefilter("ignore")
+            if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch reads no checksum
+                raise zipfile.BadZipFile
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise all kinds
         raise UserError(f"{path}: not a checkpoint or state dict that can be loaded safely "
                         f"({type(error).__name__}); give another file or train it again") from None
