@@ -287,8 +287,8 @@ def open_faces(settings, root=None, labelled=True):
     found = (source.length, source.rows["visual"].shape[1])
     wanted = (settings["length"], settings["visual_dim"])
     if found != wanted:
-        raise UserError(f"{root}: visual is (N, {found[0]}, {found[1]}), the student was trained on "
-                        f"(N, {wanted[0]}, {wanted[1]})")
+        raise UserError(f"{root}: visual is (N, {found[0]}, {found[1]}), the student was trained "
+                        f"on (N, {wanted[0]}, {wanted[1]})")
     return source
 
 

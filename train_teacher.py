@@ -202,7 +202,8 @@ def read_checkpoint(path):
     try:
         with warnings.catch_warnings():  # torch's, about files that are not its own
             warnings.simplefilter("ignore")
-            if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch reads no checksum
+            # torch does not compare the checksums that a zip file has
+            if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
                 raise zipfile.BadZipFile
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise all kinds
