@@ -151,10 +151,10 @@ def distil(teacher, args, keep_student=True, watch=None):
     if best:
         trained.load_state_dict(best["model"])
     state = dict(kind="student", settings=saved_as, model=train_teacher.snapshot(student),
-                 test_names=features.name[fold.test.index.unique().numpy()].astype(str).tolist())
+                 test_names=features.name[fold.test.index[:, 0].numpy()].astype(str).tolist())
     if fault:
         advice = "lower --lr or raise --epsilon"
-        train_teacher.diverged(fault, advice, finished, best and keep_student and state)
+        train_teacher.diverged(fault, advice, finished, best and keep_student and state, args)
     output, validation = predict(fold.test), score(features, fold.val, predict(fold.val))
     found = score(features, fold.test, output)
     record = train_teacher.result_line(
@@ -205,8 +205,9 @@ def what_the_student_sees(features, settings, args):
     privileged = rows["privileged"] if args.hallucinate == "oracle" else None
     if not args.finetune:
         return rows["visual"], privileged
-    source = open_faces(settings, args.root)
-    if not np.array_equal(source.name, features.name):
+    source = open_faces(settings, args)
+    first = data.windows(features.video, features.length)[0][:, 0].numpy()  # it names a sample
+    if len(source.name) != len(features.name) or (source.name[first] != features.name[first]).any():
         raise UserError(f"{source.path}: its clips are no longer those of the teacher's features; "
                         "train the teacher again, or give the --root it was trained on")
     if settings["dataset"] == "features":
@@ -275,14 +276,13 @@ def log_epoch(run, args, epochs, epoch, loss_gt, W, found):
                    f"{part} {show(found)}")
 
 
-def open_faces(settings, root=None, labelled=True):
+def open_faces(settings, args, labelled=True):
     """The data set a run was trained on, without its privileged files; a features file may be
     another one, of the same shape."""
-    root = root or settings["root"]
+    root = args.root or settings["root"]
     if settings["dataset"] != "features":
         return data.open_dataset(settings["dataset"], root, settings["outputs"], settings["length"],
-                                 settings["image_size"], privileged=False,
-                                 face_start=settings["face_start"])
+                                 settings["image_size"], False, face_start(settings, args))
     source = data.Features(root, privileged=False, labelled=labelled)
     found = (source.length, source.rows["visual"].shape[1])
     wanted = (settings["length"], settings["visual_dim"])
@@ -290,6 +290,10 @@ def open_faces(settings, root=None, labelled=True):
         raise UserError(f"{root}: visual is (N, {found[0]}, {found[1]}), the student was trained "
                         f"on (N, {wanted[0]}, {wanted[1]})")
     return source
+
+
+def face_start(settings, args):
+    return settings["face_start"] if args.face_start is None else args.face_start
 
 
 def open_teacher(path):
@@ -318,6 +322,8 @@ def identity(args, teacher):
     """What a line of results.jsonl must agree in to stand for a run: every choice, the teacher's
     weights, the code of the loss and the networks."""
     choice = {key: vars(args)[key] for key in CHOICES}
+    if args.method == "none":
+        choice["lambda"] = 0.0  # it weighs nothing
     if args.epochs is None:  # a stand-in's epochs are of few steps
         choice["epochs"] = 50 if teacher["settings"]["synthetic"] else 20
     return {**choice, "teacher": teacher["weights"], "code": code_digest()}
@@ -372,14 +378,14 @@ def student_output(student, settings, source, index, args, text):
 def evaluate(path, args):
     """Test score of a saved student, from the faces alone: no privileged file is opened."""
     student, settings, state = load_student(path, args.device)
-    source, wanted = open_faces(settings, args.root), state["test_names"]
-    here = np.isin(source.name.astype(str), wanted)
-    missing = sorted(set(wanted) - set(source.name[here].astype(str)))
+    source, wanted = open_faces(settings, args), state["test_names"]
+    missing = sorted(set(wanted) - set(source.name.astype(str)))
     if missing:
         raise UserError(f"{source.path}: lacks {len(missing)} of the student's {len(wanted)} test "
-                        f"clips, first {missing[0]}; give the --root it was trained on")
+                        f"samples, first {missing[0]}; give the --root it was trained on")
     windows = data.label_windows(source, source.label)
-    windows = windows.take(torch.from_numpy(here)[windows.index].all(1))
+    first = source.name[windows.index[:, 0].numpy()].astype(str)
+    windows = windows.take(torch.from_numpy(np.isin(first, wanted)))
     output = student_output(student, settings, source, windows.index, args, "evaluate")
     found = score(source, windows, output)
     print(f"{train_teacher.heading(settings)}, n = {found['n']}: "
@@ -388,14 +394,13 @@ def evaluate(path, args):
 
 def predict(folder, path, args):
     """One csv line per sample (class probabilities) or clip (valence, arousal) of unlabelled faces,
-    on stdout; what cannot be used is named on stderr, and then the exit code is 1."""
+    on stdout; what cannot be used is named on stderr. Returns the exit code, then 1."""
     student, settings, _ = load_student(path, args.device)
     if settings["dataset"] == "features":
-        source = open_faces(settings, folder, labelled=False)
+        source = open_faces(settings, with_flags(args, {"root": folder}), labelled=False)
     else:
-        start = settings["face_start"] if args.face_start is None else args.face_start
         source = data.Faces(folder, settings["dataset"], settings["length"],
-                            settings["image_size"], start)
+                            settings["image_size"], face_start(settings, args))
     index, keep = data.windows(source.video, source.length)
     output = student_output(student, settings, source, index, args, "predict")
 
@@ -413,9 +418,8 @@ def predict(folder, path, args):
                  zip(index[:, 0].tolist(), output.softmax(1).tolist(), strict=True)]
     for name, *values in lines:
         write([name, *(f"{value:.4f}" for value in values)])
-    if source.faults:
-        print("\n".join(source.faults), file=sys.stderr)
-        sys.exit(1)
+    print("\n".join(source.faults), file=sys.stderr, end="\n" if source.faults else "")
+    return 1 if source.faults else 0
 
 
 # ------------------------------------------------------------------------------ tables, figures
@@ -531,7 +535,7 @@ TABLES = {
         "epoch chosen on the test fold": {"select": "test"},
         "folds over clips": {"folds": "clips"},
         "the release's lambda and epsilon": {"lambda": [0.6], "epsilon": 0.01},
-        "the release's protocol (all three)": {
+        "the release's lambda, epsilon, epoch and folds": {
             "lambda": [0.6], "epsilon": 0.01, "select": "test", "folds": "clips"},
         "none (lambda 0)": {"method": "none"},
         "Visual only (lower bound)": "visual",
@@ -550,7 +554,8 @@ FIGURES = {
         for name, change in (
             ("none", {"method": "none"}), ("cosine", {"method": "cosine"}),
             ("KL", {"method": "kl"}), ("PKDOT", {}), ("PKDOT shared", {"shared": True}))], [
-        *(Row(f"labels {n}", {"labelled": n}) for n in (20, 60, 200, 600)), Row("labels all", {})],
+        *(Row(f"labels {n}", {"labelled": n}) for n in (20, 60, 200, 600)),
+        Row("labels all", {"labelled": None})],
         lambda i, j: (i, j - j % 5))}  # no distillation
 
 
@@ -598,18 +603,17 @@ def fill(table, args):
         if key not in teachers:
             teachers[key] = []
             try:
-                settings, source = teacher_settings(column.dataset, column.classes, flags)
+                found = teacher_settings(column.dataset, column.classes, flags)
             except UserError as error:
                 problems[str(error)] = f"{column.dataset} not run: {error}"
             else:
-                teachers[key] = ensure_teachers(settings, source, flags)
+                teachers[key] = ensure_teachers(*found, flags)
 
-        # a student for each seed, and for each lambda to choose from; lambda weighs nothing of none
+        # a student for each seed, and for each lambda to choose from
         seeds = range(args.seed, args.seed + args.seeds) if is_student(row) else [None]
-        lambdas = vars(flags)["lambda"][:1 if flags.method == "none" else None]
         for teacher, seed in product(teachers[key], seeds):
             students = [with_flags(flags, {"seed": seed, "lambda": lam})
-                        for lam in lambdas if is_student(row)]
+                        for lam in vars(flags)["lambda"] if is_student(row)]
             jobs[i, j, teacher["settings"]["fold"], seed] = teacher, students
 
     # students that results.jsonl lacks: each rank trains its share, then all read what all wrote
@@ -620,16 +624,22 @@ def fill(table, args):
                if not student_of(teacher, flags, known)}
     train_teacher.wait_for_all()  # until all have read: who trains changes what is missing
     for teacher, flags in train_teacher.deal_out(list(missing.values()), "students", args):
-        distil(teacher, train_teacher.alone(flags), keep_student=False)
+        try:
+            distil(teacher, train_teacher.alone(flags), keep_student=False)
+        except UserError as error:  # one that diverges leaves its cell without this run
+            problems[str(error)] = f"{flags.method} of {teacher['path']} not run: {error}"
     train_teacher.wait_for_all()
     known = read_results(results)
 
     cells = {(i, j): {} for i, _ in enumerate(table.rows) for j, _ in enumerate(table.columns)}
     for (i, j, *run), (teacher, students) in jobs.items():
-        lines = [student_of(teacher, flags, known) for flags in students]
-        bound = table.rows[i].ours
-        cells[i, j][tuple(run)] = max(lines, key=lambda line: line["validation"]) if lines else (
-            train_teacher.result_line(teacher["settings"], bound, teacher["scores"][bound], 0))
+        lines = list(filter(None, (student_of(teacher, flags, known) for flags in students)))
+        if lines:
+            cells[i, j][tuple(run)] = max(lines, key=lambda line: line["validation"])
+        elif not students:
+            bound = table.rows[i].ours
+            cells[i, j][tuple(run)] = train_teacher.result_line(
+                teacher["settings"], bound, teacher["scores"][bound], 0)
     return cells, list(problems.values())
 
 
@@ -647,27 +657,34 @@ def student_of(teacher, args, known):
 
 
 def teacher_settings(dataset, classes, args):
-    """The settings of a table's teachers, and their data: like the newest teacher that is there, or
-    train_teacher.py's defaults."""
-    settings, source = train_teacher.make_settings(
-        dataset, args.root, args.synthetic, amp=args.amp, labelled=args.labelled, folds=args.folds,
-        face_start=args.face_start, classes=None if classes == "va" else classes)
-    train_teacher.fold_of(source, {**settings, "fold": 1})
+    """The settings of a table's teachers, like the newest teacher that is there or
+    train_teacher.py's defaults; their data, and the folds."""
+    flags = dict(amp=args.amp, labelled=args.labelled, folds=args.folds, face_start=args.face_start,
+                 classes=None if classes == "va" else classes)
+    settings, source = train_teacher.make_settings(dataset, args.root, args.synthetic, **flags)
+    folds = [fold for fold in train_teacher.folds_of(source) if {"all", str(fold)} & set(args.fold)]
+    if not folds:
+        raise UserError(f"--fold {' '.join(args.fold)}: {settings['root']} has its own split; "
+                        "there is only fold 1")
+
     name = dataset + "-synthetic" * settings["synthetic"]
     there = (load(path, "teacher")["settings"] for path in teachers_under(args.out, name))
     same = ("root", "task", "outputs", "labelled", "folds")
     found = next((s for s in there if all(s[k] == settings[k] for k in same)), {})
-    changed = [f"{key} {value}" for key, value in found.items()
-               if key in settings and value != settings[key] and key != "data"]
+    changed = {key: value for key, value in found.items()
+               if key not in ("fold", "data") and value != settings[key]}
     if changed:
-        print(f"{dataset}: teachers with {', '.join(changed)}")
-    return {**settings, **found, "data": settings["data"]}, source
+        print(f"{dataset}: teachers with {', '.join(f'{k} {v}' for k, v in changed.items())}")
+        settings, source = train_teacher.make_settings(dataset, args.root, args.synthetic,
+                                                       **{**flags, **changed})
+    for fold in folds:
+        train_teacher.fold_of(source, {**settings, "fold": fold})  # or one line says why not
+    return settings, source, folds
 
 
-def ensure_teachers(settings, source, args):
+def ensure_teachers(settings, source, folds, args):
     """The teachers of a table's folds; each rank trains its share of those that are missing."""
-    wanted = [{**settings, "fold": fold} for fold in train_teacher.folds_of(source)
-              if {"all", str(fold)} & set(args.fold)]
+    wanted = [{**settings, "fold": fold} for fold in folds]
     paths = [train_teacher.run_folder(one, args.out) / "teacher.pt" for one in wanted]
     missing = [one for one, path in zip(wanted, paths, strict=True) if not path.exists()]
     train_teacher.wait_for_all()  # until all have looked
@@ -691,7 +708,7 @@ def interval(ours, theirs):
     Seeds of one fold share its teacher and its test samples, so that a fold's differences are
     averaged first; with a single fold the seeds are what is left to vary. Folds share training
     data: their variance is corrected as by Nadeau and Bengio (2003), 1/J + n_test/n_train for 1/J,
-    where a fifth of the data is for testing.
+    where a fifth of the data is for testing and the held-out groups count as training data.
     """
     by_fold = {}
     for (fold, seed), value in ours.items():
@@ -709,7 +726,7 @@ def interval(ours, theirs):
     return mean, mean - half, mean + half
 
 
-def number(value, column, sign=""):
+def rounded(value, column, sign=""):
     return f"{value:{sign}.{2 if column.metric == 'accuracy' else 3}f}"
 
 
@@ -734,7 +751,7 @@ def format_cell(column, row, cell):
         return "n/a"
     if not cell:
         return "not run"
-    mean, spread = (number(value, column) for value in summary(cell, column))
+    mean, spread = (rounded(value, column) for value in summary(cell, column))
     return f"{mean} ({runs_of(cell)})" if len(cell) == 1 else f"{mean} ± {spread} ({runs_of(cell)})"
 
 
@@ -743,7 +760,7 @@ def format_gap(name, column, ours, theirs):
     gap = interval(metric_of(ours, column), metric_of(theirs, column))
     if gap is None:
         return f"- {name}: one pair, no interval"
-    mean, low, high = (number(value, column, "+") for value in gap)
+    mean, low, high = (rounded(value, column, "+") for value in gap)
     over = "folds" if len({fold for fold, _ in ours}) > 1 else "the seeds of one split"
     noise = ", inside the noise" if gap[1] <= 0 <= gap[2] else ""
     return f"- {name}: {mean}, 95 % interval over {over} [{low}, {high}]{noise}"
@@ -789,8 +806,10 @@ def format_table(table, cells, args):
     if columns[0].dataset == "features":
         lines[-1] += f", fusion {', '.join(sorted({record['fusion'] for record in records}))}"
     default = vars(parse([]))
-    changed = [f"{key} {value}" for key, value in vars(args).items()
-               if key in (*CHOICES, "labelled") and value not in (None, default[key])]
+    always = set.intersection(*(set(changes(row, column)) for row, column in product(rows, columns)
+                                if is_student(row)))  # a flag that each cell sets is no one's
+    changed = [f"{key} {value}" for key, value in vars(args).items() if key not in always
+               and key in (*CHOICES, "labelled") and value not in (None, default[key])]
     changed += ["folds over clips"] * (args.folds == "clips")
     lines += [f"with {', '.join(changed)}"] * bool(changed)
 
@@ -814,7 +833,8 @@ def format_table(table, cells, args):
                   + ", ".join(f"{record['lambda']:g} (fold {fold}, seed {seed})"
                               for (fold, seed), record in cells[i, j].items())
                   for (i, row), (j, column) in product(enumerate(rows), enumerate(columns))
-                  if is_student(row) and changes(row, column).get("method") != "none"]
+                  if is_student(row) and "lambda" not in row.ours
+                  and changes(row, column).get("method") != "none"]
     differences = [format_gap(*gap) for gap in gaps(table, cells)]
     lines += [*differences, CAPTION] if differences else []
     return "\n".join(lines)
@@ -917,7 +937,7 @@ def draw_figure(name, args):
         paired.plot(x, difference, marker="o", label=column.heading)
         paired.fill_between(x, low, high, alpha=0.15)
         i, k = reference(0, j)
-        compared = columns[k].series if i == 0 else rows[i].label
+        compared = columns[k].series if i == 0 else f"{rows[i].label} {columns[k].series}".strip()
         paired.set_ylabel(f"difference to {compared}, 95 % band")
     for axis in axes.flat:
         axis.set_xlabel(rows[0].label.rpartition(" ")[0])
@@ -937,7 +957,8 @@ def figure_5(args):
     after training, over up to 128 training samples, sorted by class or by valence."""
     dataset = args.dataset or "biovid_b"
     classes = "va" if dataset == "affwild2" else None
-    args = with_flags(args, {"lambda": vars(args)["lambda"][0], "fold": args.fold[:1]})
+    fold, = (args.fold or ["1"])[:1]  # it shows one teacher
+    args = with_flags(args, {"lambda": vars(args)["lambda"][0], "fold": [fold.replace("all", "1")]})
     teacher, = ensure_teachers(*teacher_settings(dataset, classes, args), args)
     if args.rank > 0:
         return
@@ -1027,22 +1048,25 @@ def parse(argv=None):
 
 
 def main():
-    args = parse()
+    args, code = parse(), 0
     train_teacher.join_ranks(args)
     if args.k > args.batch_size:
         raise UserError(f"--k {args.k}: the similarity matrix has only --batch-size "
                         f"{args.batch_size} rows; lower --k or raise --batch-size")
+    if args.chunk and not args.finetune:
+        raise UserError("--chunk is for --finetune; without it no clip passes the backbone")
     if args.evaluate:
         evaluate(args.evaluate, train_teacher.one_voice(args))
     elif args.predict:
         if not args.student:
             raise UserError("--predict needs --student STUDENT.pt")
-        predict(args.predict, args.student, train_teacher.one_voice(args))
+        code = predict(args.predict, args.student, train_teacher.one_voice(args))
     elif args.table or args.figure:
         tabulate(args)
     else:
         distil_folds(args)
     train_teacher.leave_ranks()
+    sys.exit(code)
 
 
 def tabulate(args):
@@ -1053,7 +1077,6 @@ def tabulate(args):
         raise UserError("--dataset features needs --root FILE.npz")
     args.folds, args.resume = args.folds or "subjects", True  # what is trained already stays
     if args.figure == "5":
-        args.fold = args.fold or ["1"]  # it shows one teacher
         return figure_5(args)
     args.fold = args.fold or ["all"]
     if args.figure:

@@ -38,7 +38,8 @@ from data import DATASETS, Parser, Samples, UserError, fold_windows
 from pkdot import scores, task_loss
 
 SAVE_EVERY = 30  # seconds between two files to resume from: an epoch on features is shorter
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+RANK = int(os.environ.get("RANK", 0))  # torchrun's; a WORLD_SIZE alone may be a scheduler's
+WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def at_least(least, kind=int):
@@ -161,8 +162,9 @@ class _Gather(torch.autograd.Function):
 
 
 def spread(model, args):
-    """The model over all ranks. Its batch norm sees the whole batch on CUDA alone: on a CPU torch
-    has no such layer, and each rank's statistics are of its own share."""
+    """The model over all ranks. Its batch norm sees the whole batch on CUDA alone (what `share`
+    repeats counts twice): on a CPU torch has no such layer, and each rank's statistics are of its
+    own share. Dropout, which joint cross-attention has, is drawn by each rank for its share."""
     if args.world == 1:
         return model
     if args.device.type == "cuda":
@@ -184,7 +186,7 @@ def seed_all(*numbers):
 
 def seal(state):
     """A digest of every field of a checkpoint, and of its tensors the type, the shape and whether
-    they are finite: one that was damaged since `save` is refused when it is loaded."""
+    they are finite; `read_checkpoint` compares the file's own checksums of the bytes."""
     text = json.dumps(state, default=lambda x: f"{x.dtype} {tuple(x.shape)} {x.isfinite().all()}")
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -317,7 +319,8 @@ def log_videos(run, role, source, windows, output):
 
 def heading(settings):
     mark = "SYNTHETIC " * settings["synthetic"]
-    return f"{mark}{settings['dataset']} fold {settings['fold']}, test"
+    leak = " over clips" * (settings["folds"] == "clips")
+    return f"{mark}{settings['dataset']} fold {settings['fold']}{leak}, test"
 
 
 def show(found):
@@ -344,11 +347,13 @@ def step_means(terms, names, epoch):
     return None, f"epoch {epoch + 1}, step {step + 1}: the loss is not finite, {found}"
 
 
-def diverged(fault, advice, path, state):
+def diverged(fault, advice, path, state, args):
     """Stop a run whose loss is not finite; its best epoch so far, if there is one, stays usable."""
     path = path.with_suffix(".diverged.pt")
-    if state:
+    if state and args.rank == 0:
         save(path, state)
+    if args.world > 1:
+        wait_for_all()  # the first rank to end would end the others
     kept = f"; the best epoch before it is kept in {path}" if state else ""
     raise UserError(f"{fault}; {advice}{kept}")
 
@@ -401,13 +406,19 @@ STAND_IN = {  # few samples and a CPU: smaller images, smaller batches, more pas
 def make_settings(dataset, root=None, synthetic=False, **given):
     """What a teacher is made of, as plain values: what is given, or the data set's default for what
     is None; and the opened data set."""
+    if dataset == "features" and given.get("length"):
+        raise UserError("--clips is not for features: the file says how many clips a sample has")
     if dataset == "features" and (synthetic or not root):
         raise UserError("--dataset features needs --root FILE.npz (the format: README.md); "
                         "it has no stand-in")
     root = root or f"data/{dataset}" + "-synthetic" * synthetic
-    if synthetic and RANK == 0:
-        data.write_stand_in(dataset, root)
-    wait_for_all()
+    if synthetic:
+        try:
+            if RANK == 0:
+                data.write_stand_in(dataset, root)
+        finally:
+            wait_for_all()
+        data.write_stand_in(dataset, root)  # is there now, or is refused in every rank
     synthetic = (Path(root) / "SYNTHETIC").is_file()
 
     settings = {**COMMON, **DEFAULTS[dataset],
@@ -557,7 +568,7 @@ def train_backbone(modality, source, fold, settings, args, folder):
 
     state = best and dict(kind=modality, settings=settings, **best)
     if fault:
-        diverged(fault, "lower --lr", path, state)
+        diverged(fault, "lower --lr", path, state, args)
     if args.rank == 0:
         save(path, state)
         progress.unlink(missing_ok=True)
@@ -602,7 +613,7 @@ def statistics(batches):
     return mean, variance.where(variance > 1e-12 * square, 0).sqrt()
 
 
-def extract_features(backbones, identity, source, settings, args, path):
+def extract_features(backbones, weights, source, settings, args, path):
     """Stage 2, first half: both frozen backbones over every clip once -> the features file."""
     every = torch.arange(len(source.label))
     batches = dealt(every.split(settings["batch_size"]), args)
@@ -629,7 +640,7 @@ def extract_features(backbones, identity, source, settings, args, path):
             arrays[key] = getattr(source, key)[::length]
     if source.task == "regression":
         arrays.update(frame_label=source.frame_label.numpy(), frame_row=source.frame_row.numpy())
-    arrays["backbones"] = np.array(identity)
+    arrays["backbones"] = np.array(weights)
     data.save_features(path, arrays)
 
 
@@ -675,7 +686,8 @@ def train_fusion(features, fold, settings, args, run):
             terms.append(torch.stack([loss_gt, loss_tnet]).detach())
         means, fault = step_means(terms, ["L_gt", "T-Net's MSE"], epoch)
         if fault:
-            diverged(fault, "lower --fusion-lr", run / "fusion.pt", best["head"] and best)
+            state = best["head"] and dict(kind="fusion", settings=settings, **best)
+            diverged(fault, "lower --fusion-lr", run / "fusion.pt", state, args)
 
         # each keeps its own best epoch, chosen on held-out training groups
         model.eval()
@@ -738,15 +750,15 @@ def train_teacher(settings, source, args):
     single = {modality: train_backbone(modality, source, fold, settings, args, folder).eval()
               for modality in ("visual", "privileged")}
     backbones = {modality: model.backbone for modality, model in single.items()}
-    identity = "-".join(fingerprint(backbone.state_dict()) for backbone in backbones.values())
-    if args.resume and old and (old["settings"], old["backbones"]) == (settings, identity):
+    weights = "-".join(fingerprint(backbone.state_dict()) for backbone in backbones.values())
+    if args.resume and old and (old["settings"], old["backbones"]) == (settings, weights):
         print(f"{path} is finished")
         return old["scores"]
 
     # stage 2; on features a single process is fast enough
     features = folder / "features.npz"
-    if not features.exists() or open_features(folder, settings).backbones != identity:
-        extract_features(backbones, identity, source, settings, args, features)
+    if not features.exists() or open_features(folder, settings).backbones != weights:
+        extract_features(backbones, weights, source, settings, args, features)
     if args.rank > 0:
         return None
     args = alone(args)
@@ -775,8 +787,8 @@ def train_teacher(settings, source, args):
 
 
 def result_line(settings, role, found, seconds, **more):
-    keys = ("dataset", "synthetic", "fold", "fusion", "seed", "length", "visual_backbone",
-            "image_size")
+    keys = ("dataset", "synthetic", "fold", "folds", "labelled", "fusion", "seed", "length",
+            "visual_backbone", "image_size")
     metrics = {k: v for k, v in found.items() if k != "n"}
     classes = settings["outputs"] if settings["task"] == "classification" else "va"
     return {"role": role, "classes": classes, **{k: settings[k] for k in keys}, **metrics,
