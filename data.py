@@ -755,6 +755,8 @@ class Features:
                                 f"whole numbers ({count},): write it with .astype(str)")
             setattr(self, key, np.repeat(array, clips))
         self.length, self.name = length or clips, self.name.astype(str)
+        if len(np.unique(self.name)) < count:  # an evaluation finds its samples by name
+            raise UserError(f"{path}: name holds the same one twice; number them")
         self.backbones = str(arrays.get("backbones", ""))  # whose features they are, from stage 2
         if self.split is not None:
             self._check_split()

@@ -1757,7 +1757,7 @@ NAN = np.full((6, 2, 3), np.nan, np.float32)
     (dict(label=np.full(6, -1)), r"are \[\]"), (dict(label=np.arange(6) * 2**60), r"are \[0, 11"),
     (dict(label=np.zeros((6, 3))), r"\(6, 3\)"),
     (dict(label=np.array(["a"] * 6)), "<U1"), (dict(group=np.arange(5)), r"group is int64 \(5,\)"),
-    (dict(split=np.array(["train", "dev"] * 3)), "dev"), (dict(split=np.arange(6)), "split holds"),
+    (dict(name=np.array(["a"] * 6)), "same one twice"), (dict(split=np.array(["train", "dev"] * 3)), "dev"), (dict(split=np.arange(6)), "split holds"),
     (dict(split=np.array(["train", "test"] * 3)), "group 0 is in both splits"),
     (dict(visual=np.full((6, 2, 3), 1e39)), "NaN"),
     (dict(label=np.eye(2)[[0, 1, 1, 0, 1, 0]]), "argmax"),
@@ -2114,6 +2114,20 @@ def test_evaluation_and_prediction_need_no_privileged_file(biovid_run, stand_in,
     assert all(sum(map(float, line.split(",")[1:])) == pytest.approx(1, abs=2e-4) for line in lines)
 
 
+def test_an_evaluation_repeats_the_score_whatever_the_clips(stand_in, tmp_path, capsys):
+    common = f"--out {tmp_path} --device cpu --workers 0"
+    assert call(train_teacher, f"--dataset biovid_b --root {stand_in} --image-size 32 --backbone-epochs 1 --clips 2 "
+                               f"--fusion-epochs 2 {common}") == 0
+    for more in ("", "--finetune"):
+        assert call(train_student, f"--epochs 1 {more} {common}") == 0
+        student = tmp_path / "biovid_b-synthetic" / "c2-length2" / "fold1" / "student-pkdot.pt"
+        capsys.readouterr()
+        assert call(train_student, f"--evaluate {student} --workers 0") == 0
+        recorded = torch.load(student, weights_only=True)["scores"]
+        assert f"n = {recorded['n']}: student pkdot accuracy {recorded['accuracy']:.2f} %" in capsys.readouterr().out
+        assert recorded["n"] == 4
+
+
 def test_a_student_is_evaluated_on_its_own_test_subjects_alone(biovid_run, stand_in, tmp_path, capsys):
     """Whoever else lies at the root: a new subject changes nothing, a missing one is an error."""
     shutil.copytree(stand_in / "faces", tmp_path / "faces")
@@ -2128,7 +2142,7 @@ def test_a_student_is_evaluated_on_its_own_test_subjects_alone(biovid_run, stand
     sample = test[0].split("/")[0]
     shutil.rmtree(tmp_path / "faces" / sample.split("-")[0] / sample)
     assert call(train_student, line) == 2
-    assert f"lacks 1 of the student's {len(test)} test clips, first {test[0]}" in capsys.readouterr().err
+    assert f"lacks 1 of the student's {len(test)} test samples, first {test[0]}" in capsys.readouterr().err
 
 
 def test_a_finished_student_is_not_trained_again(views_run, capsys):
