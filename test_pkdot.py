@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -2808,3 +2809,98 @@ def test_each_generated_fault_is_one_line_that_names_the_file_or_does_no_harm(ta
     signal.signal(signal.SIGALRM, previous)
     assert not faults, "\n".join(faults)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < MOST * 1024
+
+
+def processes(*calls):
+    """Processes of this module's functions, from a server that has imported everything: no call waits for torch."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__])
+    started = [server.Process(target=function, args=args) for function, *args in calls]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(SCRIPTS))  # the server looks for this module
+        for process in started:
+            process.start()
+    return started
+
+
+def run_saving_each_epoch(script, line):
+    train_teacher.SAVE_EVERY = 0
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.exit(call(sys.modules[script], line))
+
+
+def tensors(state, name=""):
+    """{where: tensor} of all tensors in nested dicts and lists."""
+    if torch.is_tensor(state):
+        return {name: state}
+    inside = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return {key: value for k, v in inside for key, value in tensors(v, f"{name}/{k}").items()}
+
+
+STAGES = ["visual", "privileged", "fusion", "student"]
+
+
+def views_commands(two_views, out):
+    """The teacher's and the student's command, of 30 short epochs a stage."""
+    common = f"--device cpu --resume --out {out}"
+    return {"teacher": ("train_teacher", f"--dataset features --root {two_views} --backbone-epochs 30 --fusion-epochs 30 "
+                                         f"{common}"),
+            "student": ("train_student", f"--epochs 30 --batch-size 32 --anchors random {common}")}
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(two_views, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    for script, line in views_commands(two_views, out).values():
+        assert call(sys.modules[script], line) == 0
+    return out / "features/c4/fold1"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_two_random_moments_of_a_stage_and_resumed_equals_uninterrupted(
+        stage, two_views, uninterrupted, tmp_path):
+    rng, run = np.random.default_rng(STAGES.index(stage)), tmp_path / "features/c4/fold1"
+    commands = views_commands(two_views, tmp_path)
+    if stage == "student":
+        assert call(train_teacher, commands["teacher"][1]) == 0
+
+    def epochs():
+        log = run / "log.jsonl"
+        return log.read_text().count(f'"stage": "{stage}"') if log.exists() else 0
+
+    for _ in range(2):
+        process, = processes((run_saving_each_epoch, *commands["student" if stage == "student" else "teacher"]))
+        wanted = epochs() + rng.integers(1, 9)
+        while epochs() < wanted and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))  # anywhere in an epoch: a step, a file half written
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL and epochs() < 30
+
+    for script, line in commands.values():
+        assert call(sys.modules[script], line) == 0
+    for name in ("visual", "privileged", "teacher", "student-pkdot"):
+        whole, killed = (tensors(torch.load(folder / f"{name}.pt", weights_only=True)) for folder in (uninterrupted, run))
+        assert len(whole) > 4 and equal(whole, killed)
+    with np.load(uninterrupted / "features.npz") as whole, np.load(run / "features.npz") as killed:
+        assert {key: whole[key].tobytes() for key in whole} == {key: killed[key].tobytes() for key in killed}
+    assert not [path for path in run.glob("*.progress") if ".tmp." not in path.name]  # but what was half written
+
+
+def append_many(path, who, together):
+    together.wait()
+    for number in range(3000):
+        train_teacher.append_line(path, {"who": who, "number": number, "more": "x" * (number * 97 % 10007)})
+
+
+def test_two_processes_that_append_to_one_file_lose_no_line(tmp_path, capsys):
+    path, together = tmp_path / "results.jsonl", multiprocessing.get_context("forkserver").Barrier(2)
+    for process in processes((append_many, path, 0, together), (append_many, path, 1, together)):
+        process.join()
+        assert process.exitcode == 0
+    records = train_student.read_results(path)
+    for who in range(2):
+        assert [record["number"] for record in records if record["who"] == who] == list(range(3000))
+    order = [record["who"] for record in records]
+    assert order != sorted(order) and order != sorted(order)[::-1] and not capsys.readouterr().err
