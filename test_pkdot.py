@@ -9,7 +9,9 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import pickle
 import re
 import resource
 import shlex
@@ -3278,7 +3280,8 @@ def one_of(rng, choices):
 
 def spoil_bytes(rng, content):
     """Truncated, flipped, holes, pieces missing or repeated, noise, nothing."""
-    kind, reach = one_of(rng, ["cut", "cut", "flip", "flip", "hole", "gap", "again", "noise", "empty"]), len(content) + 1
+    kind = one_of(rng, ["cut", "cut", "flip", "flip", "hole", "gap", "again", "noise", "empty"])
+    reach = len(content) + 1
     a, b = sorted(rng.integers(0, min(reach, one_of(rng, [60, reach])), 2).tolist())
     flipped = np.frombuffer(content, np.uint8).copy()
     flipped[rng.integers(0, b + 1, 4).clip(max=reach - 2)] ^= rng.integers(1, 256, 4, dtype=np.uint8)
@@ -3333,7 +3336,8 @@ def spoil_wav(rng, content):
 
 def spoil_image(rng, content):
     """An image of another kind or size, or a png whose header is absurd."""
-    kind, mode = one_of(rng, ["JPEG", "PNG", "PNG", "GIF", "BMP", "TIFF"]), one_of(rng, ["RGB", "L", "1", "P", "CMYK", "I;16"])
+    kind = one_of(rng, ["JPEG", "PNG", "PNG", "GIF", "BMP", "TIFF"])
+    mode = one_of(rng, ["RGB", "L", "1", "P", "CMYK", "I;16"])
     size, file = [one_of(rng, [1, 2, 16, 3000]) for _ in "wh"], io.BytesIO()
     with contextlib.suppress(OSError, ValueError):  # not every kind has every mode
         Image.new(mode, size).save(file, kind)
@@ -3353,8 +3357,8 @@ def spoil_arrays(rng, path):
              "frame_row": rng.integers(-9, 99, 24), "frame_label": rng.normal(size=(24, 2)),
              "backbones": np.array("a-b")}
     key, other = one_of(rng, [*arrays]), one_of(rng, [*arrays])
-    array, kind = arrays[key], one_of(rng, ["gone", "swap", "type", "type", "shape", "shape", "value", "value", "extra"])
-    what = f"{kind} {key} {other}"
+    kind = one_of(rng, ["gone", "swap", "type", "type", "shape", "shape", "value", "value", "extra"])
+    array, what = arrays[key], f"{kind} {key} {other}"
     if kind == "gone":
         del arrays[key]
     elif kind == "swap":
@@ -3409,8 +3413,8 @@ def spoil_state(rng, path):
 
 def spoil_name(rng, path):
     """The new path of what is renamed."""
-    name = one_of(rng, ["", "x", " ", "a b", "ü", *["\udcfc", "a\nb"] * 5, "-x", "'", ".x", "0" * 200, path.name.upper(),
-                        path.name[:-1], path.name + "_left", path.name.replace("1", "2"), "batch1", "__MACOSX"])
+    name = one_of(rng, ["", "x", " ", "a b", "ü", *["\udcfc", "a\nb"] * 5, "-x", "'", ".x", "0" * 200,
+                        path.name.upper(), path.name[:-1], path.name + "_left", path.name.replace("1", "2"), "batch1", "__MACOSX"])
     new = one_of(rng, [path.with_name(name or "y"), path.parent.parent / path.name, path.with_name(path.name + name)])
     return path if new.exists() else path.rename(new)
 
@@ -3496,7 +3500,8 @@ def ground(tmp_path_factory):
     biovid(root / "biovid", names, [51, 81, 125])
     (root / "affwild2").mkdir()
     for i, video in enumerate(("one", "two", "three_left", "four")):
-        affwild2(root / "affwild2", video, 40 + i, "Validation_Set" if video == "four" else "Train_Set", present=[1, 20, 40])
+        part = "Validation_Set" if video == "four" else "Train_Set"
+        affwild2(root / "affwild2", video, 40 + i, part, present=[1, 20, 40])
     write(root / "affwild2/fps.txt", "one 25\ntwo.mp4 30000/1001\nthree 30\n")
     np.savez(root / "a.npz", **arrays(24, label=np.arange(24) % 2, group=np.arange(24) // 3))
     with slight_backbones():
@@ -3612,3 +3617,220 @@ def test_each_generated_fault_is_one_line_that_names_the_file_or_does_no_harm(ta
     signal.signal(signal.SIGALRM, previous)
     assert not faults, "\n".join(faults)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < MOST * 1024
+
+
+def processes(*calls):
+    """Processes of this module's functions, from a server that has imported everything: no call waits for torch."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__])
+    started = [server.Process(target=function, args=args) for function, *args in calls]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(SCRIPTS))  # the server looks for this module
+        for process in started:
+            process.start()
+    return started
+
+
+def run_saving_each_epoch(script, line):
+    train_teacher.SAVE_EVERY = 0
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.exit(call(sys.modules[script], line))
+
+
+def tensors(state, name=""):
+    """{where: tensor} of all tensors in nested dicts and lists."""
+    if torch.is_tensor(state):
+        return {name: state}
+    inside = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return {key: value for k, v in inside for key, value in tensors(v, f"{name}/{k}").items()}
+
+
+STAGES = ["visual", "privileged", "fusion", "student"]
+
+
+def views_commands(two_views, out):
+    """The teacher's and the student's command, of 30 short epochs a stage."""
+    common = f"--device cpu --resume --out {out}"
+    return {"teacher": ("train_teacher", f"--dataset features --root {two_views} --backbone-epochs 30 "
+                                         f"--fusion-epochs 30 {common}"),
+            "student": ("train_student", f"--epochs 30 --batch-size 32 --anchors random {common}")}
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(two_views, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    for script, line in views_commands(two_views, out).values():
+        assert call(sys.modules[script], line) == 0
+    return out / "features/c4/fold1"
+
+
+def losses(run):
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return {(line["stage"], line["epoch"], line.get("loss", line.get("loss_gt"))) for line in lines if "stage" in line}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_two_random_moments_of_a_stage_and_resumed_equals_uninterrupted(
+        stage, two_views, uninterrupted, tmp_path):
+    rng, run = np.random.default_rng(STAGES.index(stage)), tmp_path / "features/c4/fold1"
+    commands = views_commands(two_views, tmp_path)
+    if stage == "student":
+        assert call(train_teacher, commands["teacher"][1]) == 0
+
+    def epochs():
+        log = run / "log.jsonl"
+        return log.read_text().count(f'"stage": "{stage}"') if log.exists() else 0
+
+    for _ in range(2):
+        process, = processes((run_saving_each_epoch, *commands["student" if stage == "student" else "teacher"]))
+        wanted = epochs() + rng.integers(1, 9)
+        while epochs() < wanted and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))  # anywhere in an epoch: a step, a file half written
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL and epochs() < 30
+
+    for script, line in commands.values():
+        assert call(sys.modules[script], line) == 0
+    assert losses(run) == losses(uninterrupted)  # of every epoch, also where it was run twice
+    for name in ("visual", "privileged", "teacher", "student-pkdot"):
+        files = (folder / f"{name}.pt" for folder in (uninterrupted, run))
+        whole, killed = (tensors(torch.load(file, weights_only=True)) for file in files)
+        assert len(whole) > 4 and equal(whole, killed)
+    with np.load(uninterrupted / "features.npz") as whole, np.load(run / "features.npz") as killed:
+        assert {key: whole[key].tobytes() for key in whole} == {key: killed[key].tobytes() for key in killed}
+    assert not [path for path in run.glob("*.progress") if ".tmp." not in path.name]  # but what was half written
+
+
+def append_many(path, who, together):
+    together.wait()
+    for number in range(3000):
+        train_teacher.append_line(path, {"who": who, "number": number, "more": "x" * (number * 97 % 10007)})
+
+
+def test_two_processes_that_append_to_one_file_lose_no_line(tmp_path, capsys):
+    path, together = tmp_path / "results.jsonl", multiprocessing.get_context("forkserver").Barrier(2)
+    for process in processes((append_many, path, 0, together), (append_many, path, 1, together)):
+        process.join()
+        assert process.exitcode == 0
+    records = train_student.read_results(path)
+    for who in range(2):
+        assert [record["number"] for record in records if record["who"] == who] == list(range(3000))
+    order = [record["who"] for record in records]
+    assert order != sorted(order) and order != sorted(order)[::-1] and not capsys.readouterr().err
+
+
+class Bomb:
+    """Whoever unpickles it writes a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
+@pytest.mark.parametrize("packed", ["torch", "torch, inside", "pickle", "npz"])
+@pytest.mark.parametrize("offered", [
+    "train_student --teacher {bomb} --out {out}", "train_student --evaluate {bomb}",
+    "train_student --predict {root}/a.npz --student {bomb}", "train_student --predict {bomb} --student {student}",
+    "train_teacher --dataset biovid_b --root {root}/biovid --out {out} --visual-weights {bomb}",
+    "train_teacher --dataset features --root {bomb} --out {out}", "data --check features --root {bomb}"])
+def test_code_in_an_offered_file_does_not_run(offered, packed, ground, slight, tmp_path, capsys):
+    bomb, marker = tmp_path / "bomb", tmp_path / "marker"
+    student = next(ground.glob("out/features/**/student-pkdot.pt"))
+    with open(bomb, "wb") as file:
+        if packed == "torch":
+            torch.save(Bomb(marker), file)
+        elif packed == "torch, inside":  # all else is right
+            torch.save({**torch.load(student, weights_only=True), "state_dict": {"x": Bomb(marker)}}, file)
+        elif packed == "pickle":
+            pickle.dump(Bomb(marker), file)
+        else:
+            np.savez(file, **arrays(6, name=np.array([Bomb(marker)] * 6)))
+    script, line = offered.format(bomb=bomb, out=tmp_path / "out", root=ground, student=student).split(" ", 1)
+    assert call(sys.modules[script], line) == 2 and not marker.exists()
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {bomb}: ") and shown.count("\n") == 1
+    if packed == "pickle":
+        pickle.loads(bomb.read_bytes()).close()  # it is one
+        assert marker.exists()
+
+
+# Leaks, besides the tests above: test_folds_never_divide_a_subject, test_left_and_right_share_sound_and_group and
+# test_features_that_do_not_fit ("group 0 is in both splits") for subjects in two parts,
+# test_evaluation_and_prediction_need_no_privileged_file for BioVid.
+
+@pytest.fixture
+def parts_of_views(two_views):
+    """The arrays of the features file, so noisy that epochs differ, and which part of fold 1 each sample is in."""
+    with np.load(two_views) as file:
+        views = dict(file)
+    for key in ("visual", "privileged"):
+        views[key] += 4 * randn(*views[key].shape).numpy()
+    return views, data.parts(data.Features(two_views), 1)
+
+
+def trained_on(views, folder):
+    """All files of a run on changed views, by name: their tensors, and which epochs were chosen."""
+    folder.mkdir()
+    np.savez(folder / "views.npz", **views)
+    run = train_on_views(folder / "views.npz", folder)
+    assert call(train_student, f"--out {folder} --epochs 3 --batch-size 32 --device cpu") == 0
+    states = {name: torch.load(run / f"{name}.pt", weights_only=True)
+              for name in ("visual", "privileged", "teacher", "student-pkdot")}
+    epochs = [states["visual"]["epoch"], states["privileged"]["epoch"], states["student-pkdot"]["record"]["epoch"]]
+    return {name: tensors(state) for name, state in states.items()}, epochs, states["student-pkdot"]["scores"]
+
+
+def test_permuted_test_labels_leave_the_chosen_epochs_and_all_weights_as_they_were(parts_of_views, tmp_path):
+    views, part = parts_of_views
+    weights, epochs, found = trained_on(views, tmp_path / "whole")
+    permuted, test = views["label"].copy(), part == "test"
+    permuted[test] = np.random.default_rng(0).permutation(permuted[test])
+    same, same_epochs, other = trained_on(views | {"label": permuted}, tmp_path / "permuted")
+    assert all(equal(weights[name], same[name]) for name in weights) and epochs == same_epochs
+    assert found["accuracy"] > other["accuracy"] + 9  # the labels did count, where they may
+
+
+def test_inputs_of_the_test_part_change_no_weight_and_those_of_validation_no_statistics(parts_of_views, tmp_path):
+    views, part = parts_of_views
+    weights, epochs, _ = trained_on(views, tmp_path / "whole")
+
+    def changed(name):
+        new = {key: np.where((part == name)[:, None, None], 100 - 9 * views[key], views[key])
+               for key in ("visual", "privileged")}
+        return trained_on(views | new, tmp_path / name)
+
+    same, same_epochs, _ = changed("test")
+    assert all(equal(weights[name], same[name]) for name in weights) and epochs == same_epochs
+    buffers = [(name, f"/model/backbone.{key}") for name in ("visual", "privileged") for key in ("mean", "std")]
+    for name, as_were in (("val", True), ("train", False)):
+        other, _, _ = changed(name)
+        assert all(torch.equal(weights[file][key], other[file][key]) == as_were for file, key in buffers)
+    for file, modality in (("visual", "visual"), ("privileged", "privileged")):
+        train = views[modality][part == "train", 0].astype(np.float64)
+        for key, expected in (("mean", train.mean(0)), ("std", train.std(0))):
+            np.testing.assert_allclose(weights[file][f"/model/backbone.{key}"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_privileged_files_that_are_damaged_or_gone_change_nothing_at_test_time(kind, ground, slight, tmp_path, capsys):
+    shutil.copytree(ground, tmp_path / "copy", ignore=shutil.ignore_patterns("out"))
+    root, shown = tmp_path / "copy", []
+    with np.load(root / "a.npz") as file:
+        views = dict(file)
+    for state in ("whole", "damaged", "gone"):
+        for path in [*root.rglob("*.csv"), *root.rglob("*.wav")] if state == "damaged" else []:
+            write(path, b"\0")
+        if state == "damaged":
+            np.savez(root / "a.npz", **views | {"privileged": np.array([{}, 1])})  # not to be read without pickle
+        elif state == "gone":
+            shutil.rmtree(root / "biovid/biosignals_filtered")
+            shutil.rmtree(root / "affwild2/audio")
+            np.savez(root / "a.npz", **{key: views[key] for key in views if key != "privileged"})
+        for name in ("evaluate", "predict"):
+            assert call(*command(name, root, kind, ground / "out" / kind)) == 0
+        shown.append(capsys.readouterr())
+    assert shown[0] == shown[1] == shown[2] and len(shown[0].out.splitlines()) > 4

@@ -565,6 +565,8 @@ def read_results(path):
     records = []
     text = path.read_text(errors="replace") if path.exists() else ""
     for count, line in enumerate(text.splitlines(), 1):
+        if not line:  # where one writer met another halfway through
+            continue
         try:
             records.append(dict(json.loads(line)))
         except (ValueError, TypeError):
