@@ -1062,7 +1062,7 @@ def run(main):
             sys.stdout = open(os.devnull, "w")  # what it still holds must not fail again at exit
     except RuntimeError as error:
         if re.search("/gloo/|NCCL|TCPStore", str(error)):
-            line = ("another rank has ended; its own line says why, or torchrun's last lines name it "
+            line = ("another rank has ended: its own line says why, or torchrun's last ones name it "
                     f"({str(error).splitlines()[0]})")
         elif re.search(r"shared memory|</torch_|DataLoader worker .* (killed|exited)", str(error)):
             line = ("a process that loads data died, probably for lack of shared memory; use "

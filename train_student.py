@@ -585,7 +585,7 @@ def fill(table, args):
     missing = {json.dumps(want(teacher, flags)): (path, flags)
                for path, teacher, students in jobs.values() for flags in students
                if not student_of(teacher, flags, known)}
-    train_teacher.wait_for_all()  # until all have read: one that trains would change what is missing
+    train_teacher.wait_for_all()  # until all have read: training changes what is missing
     for path, flags in train_teacher.deal_out(list(missing.values()), "students", args):
         distil(path, train_teacher.alone(flags), keep_student=False)
     train_teacher.wait_for_all()
@@ -932,12 +932,12 @@ def save_picture(figure, path, title, synthetic):
 def figure_5(args):
     """Similarity matrices (Eq. 4) of the teacher, and of the student before, halfway through and
     after training, over up to 128 training samples, sorted by class or by valence."""
-    dataset = args.dataset or "biovid_b"
+    args, dataset = one_lambda(args), args.dataset or "biovid_b"
     classes = "va" if dataset == "affwild2" else None
     path, teacher = ensure_teachers(dataset, classes, with_flags(args, {"fold": args.fold[:1]}))[0]
     if args.rank > 0:
         return
-    args = with_flags(train_teacher.alone(args), {"lambda": vars(args)["lambda"][0]})
+    args = train_teacher.alone(args)
     settings, features = teacher["settings"], open_run(path, teacher)
     epochs = identity(args, teacher)["epochs"]
 
@@ -1063,9 +1063,7 @@ def distil_folds(args):
     if args.labelled or args.folds:
         raise UserError("--labelled and --folds are a teacher's: give them to train_teacher.py, "
                         "and the student follows its teacher")
-    if len(vars(args)["lambda"]) > 1:
-        raise UserError("several values of --lambda are for --table and --figure; give one")
-    vars(args)["lambda"], = vars(args)["lambda"]
+    args = one_lambda(args)
     paths = siblings(args.teacher or newest_teacher(args), args.fold)
     together = len(paths) == 1 and args.finetune
     args = train_teacher.one_voice(args) if together else args
@@ -1081,6 +1079,14 @@ def distil_folds(args):
               f"visual only (lower bound) {show(found['visual'])} | "
               f"student, {args.method} {show(record)} | "
               f"multimodal (upper bound) {show(found['multimodal'])}")
+
+
+def one_lambda(args):
+    """The flags of a student, whose lambda is a number."""
+    if len(vars(args)["lambda"]) > 1:
+        raise UserError("several values of --lambda are for --table, and --figure but 5; "
+                        "give one")
+    return with_flags(args, {"lambda": vars(args)["lambda"][0]})
 
 
 def siblings(path, folds):
