@@ -957,10 +957,10 @@ def save_picture(figure, path, title, synthetic):
 def figure_5(args):
     """Similarity matrices (Eq. 4) of the teacher, and of the student before, halfway through and
     after training, over up to 128 training samples, sorted by class or by valence."""
-    dataset = args.dataset or "biovid_b"
+    args, dataset = one_lambda(args), args.dataset or "biovid_b"
     classes = "va" if dataset == "affwild2" else None
     fold, = (args.fold or ["1"])[:1]  # it shows one teacher
-    args = with_flags(args, {"lambda": vars(args)["lambda"][0], "fold": [fold.replace("all", "1")]})
+    args = with_flags(args, {"fold": [fold.replace("all", "1")]})
     teacher, = ensure_teachers(*teacher_settings(dataset, classes, args), args)
     if args.rank > 0:
         return
@@ -1092,9 +1092,7 @@ def distil_folds(args):
     if args.labelled or args.folds:
         raise UserError("--labelled and --folds are a teacher's: give them to train_teacher.py, "
                         "and the student follows its teacher")
-    if len(vars(args)["lambda"]) > 1:
-        raise UserError("several values of --lambda are for --table and --figure; give one")
-    vars(args)["lambda"], = vars(args)["lambda"]
+    args = one_lambda(args)
     paths = siblings(args.teacher or newest_teacher(args), args.fold)
     together = len(paths) == 1 and args.finetune
     args = train_teacher.one_voice(args) if together else args
@@ -1110,6 +1108,14 @@ def distil_folds(args):
               f"visual only (lower bound) {show(found['visual'])} | "
               f"student, {args.method} {show(record)} | "
               f"multimodal (upper bound) {show(found['multimodal'])}")
+
+
+def one_lambda(args):
+    """The flags of a student, whose lambda is a number."""
+    if len(vars(args)["lambda"]) > 1:
+        raise UserError("several values of --lambda are for --table, and --figure but 5; "
+                        "give one")
+    return with_flags(args, {"lambda": vars(args)["lambda"][0]})
 
 
 def siblings(path, folds):
