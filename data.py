@@ -591,8 +591,8 @@ def affect_clips(folder, frames=None):
             clips.append((end, names[near][gap.argmin(1)]))
     if not clips or frames < Affwild2.CLIP or last > frames + 2:
         raise UserError(f"{folder}: {len(names)} images <5 digits>.jpg up to number {last} do not "
-                        f"fit {frames} frames ({Affwild2.CLIP} or more); extract it again, or "
-                        "remove it and its annotation")
+                        f"fit the {frames} frames of {folder.name}.txt ({Affwild2.CLIP} or more); "
+                        "extract it again, or remove it and its annotation")
     return clips
 
 
@@ -1232,8 +1232,8 @@ def run(main):
             sys.stdout = open(os.devnull, "w")  # what it still holds must not fail again at exit
     except RuntimeError as error:
         if re.search("/gloo/|NCCL|TCPStore", str(error)):
-            line = ("another rank has ended; its own line says why, or torchrun's last lines name "
-                    f"it ({str(error).splitlines()[0]})")
+            line = ("another rank has ended: its own line says why, or torchrun's last name it "
+                    f"({str(error).splitlines()[0]})")
         elif re.search(r"shared memory|</torch_|DataLoader worker .* (killed|exited)", str(error)):
             line = ("a process that loads data died, probably for lack of shared memory; use "
                     "--workers 0 (in Docker also: --shm-size 8g)")
