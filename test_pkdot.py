@@ -3049,10 +3049,12 @@ def test_labels_and_lambdas_that_do_not_fit_are_one_line(script, line, named, tw
 def test_positive_control(tmp_path, capsys):
     """A problem in which there is something to transfer. The visual view falls into 100 clusters at random places, of
     which nothing but the privileged view says which belong together: it is the class and a little noise. 60 samples
-    have a label, fewer than there are clusters; 700 pairs show them all. The student may move (--finetune). One lambda
-    for all methods, the highest that the README's tables choose from, since there are but 100 steps; all else is the
-    default. The problem was made with clusters, labels and pairs in this proportion so that the teacher is far above
-    the visual network; per-row anchors are recorded beside the others, whatever they do."""
+    have a label, fewer than there are clusters; 700 pairs show them all. The student may move (--finetune).
+
+    It shows that the terms can transfer, not that they do at the paper's lambda: this problem and the lambda of 10, one
+    for all methods, were settled after other problems and lambdas had been tried. At 0.4 neither cosine nor shared
+    anchors gain, and on two other draws only shared anchors exceed the spread in both. Per-row anchors are recorded
+    beside the others, whatever they do."""
     rng = np.random.default_rng(0)
     cluster = rng.permutation(1000) % 100
     label, place = cluster % 4, rng.normal(size=(100, 20))
