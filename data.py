@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 DATASETS = ("biovid_b", "biovid_a", "affwild2", "features")
 NO_LABEL, INVALID = math.nan, -5.0  # valence/arousal without a label: here, and in files
+SAMPLE = r"\d{6}_[mw]_\d\d-(BL1|PA[1-4])-\d{3}"  # BioVid's names: subject, level, number
 BIOVID = ("BioVid is licence-gated, on request from https://www.nit.ovgu.de/BioVid.html; "
           "--synthetic runs without it")
 AFFWILD2 = ("Affwild2 is licence-gated, on request from "
@@ -326,16 +327,16 @@ class BioVid:
 
         for folder in sorted(p for p in faces.glob("[!._]*/[!._]*") if p.is_dir()):
             subject, sample = folder.parts[-2:]
-            match = re.fullmatch(r"(\d{6}_[mw]_\d\d)/\1-(BL1|PA[1-4])-\d{3}", f"{subject}/{sample}")
+            match = re.fullmatch(SAMPLE, sample)
             csv = signals / subject / f"{sample}_bio.csv" if privileged else None
-            if not match:
+            if not match or sample[:11] != subject:
                 self.faults.append(f"{folder}: expected a name like 071309_w_21/071309_w_21-BL1-081"
                                    "; rename or remove it")
             elif csv and not csv.is_file():
                 self.faults.append(f"{csv}: missing, but its face crops are there; extract it "
                                    f"again or remove {folder}")
-            elif match[2] in levels:
-                self.samples.append((folder, csv, levels.index(match[2])))
+            elif match[1] in levels:
+                self.samples.append((folder, csv, levels.index(match[1])))
         if not self.samples and not self.faults:
             raise UserError(f"{faces}: no sample of {', '.join(levels)} in it; expected "
                             f"<subject>/<sample>/; {BIOVID}")
@@ -581,7 +582,7 @@ def affect_clips(folder, frames=None):
     """
     numbers, names = image_files(folder, "", first=1)
     last = numbers.max(initial=0)
-    frames = last if frames is None else frames
+    frames, annotation = (last, "") if frames is None else (frames, f" of {folder.name}.txt")
     clips = []
     for end in [*range(Affwild2.CLIP, frames, Affwild2.CLIP), frames]:
         near = (numbers > end - Affwild2.CLIP) & (numbers <= end)
@@ -591,8 +592,8 @@ def affect_clips(folder, frames=None):
             clips.append((end, names[near][gap.argmin(1)]))
     if not clips or frames < Affwild2.CLIP or last > frames + 2:
         raise UserError(f"{folder}: {len(names)} images <5 digits>.jpg up to number {last} do not "
-                        f"fit the {frames} frames of {folder.name}.txt ({Affwild2.CLIP} or more); "
-                        "extract it again, or remove it and its annotation")
+                        f"fit {frames} frames{annotation} ({Affwild2.CLIP} or more); extract it "
+                        "again, or remove it and its annotation")
     return clips
 
 
@@ -1156,8 +1157,7 @@ def crop_videos(videos, root, detector, workers):
              if path.suffix.lower() in (".mp4", ".avi", ".mov") and path.is_file()]
     if not paths:
         raise UserError(f"{videos}: no mp4, avi or mov; expected one or a folder of them")
-    strays = [path for path in paths
-              if not re.fullmatch(r"\d{6}_[mw]_\d\d-(BL1|PA[1-4])-\d{3}", path.stem)]
+    strays = [path for path in paths if not re.fullmatch(SAMPLE, path.stem)]
     if strays and (any(root.glob("biosignals_*")) or len(strays) < len(paths)):
         raise UserError(f"{strays[0]}: expected a name like 071309_w_21-BL1-081; move or rename it")
 
