@@ -145,7 +145,7 @@ def distil(teacher, args, keep_student=True, watch=None):
         if watch:
             watch(epoch + 1, predict)
 
-    # finish: the test fold, once; the validation part, by which a table may choose lambda
+    # finish: the test fold, once; the score of the validation part, by which a table chooses lambda
     if fingerprint(student.tnet.state_dict()) != frozen:
         raise RuntimeError("the frozen T-Net has changed during distillation")
     if best:
@@ -155,11 +155,14 @@ def distil(teacher, args, keep_student=True, watch=None):
     if fault:
         advice = "lower --lr or raise --epsilon"
         train_teacher.diverged(fault, advice, finished, best and keep_student and state, args)
-    output, validation = predict(fold.test), score(features, fold.val, predict(fold.val))
+    validation = best["score"]
+    if args.select == "test":
+        validation = train_teacher.criterion(score(features, fold.val, predict(fold.val)))
+    output = predict(fold.test)
     found = score(features, fold.test, output)
     record = train_teacher.result_line(
         settings, "student", found, time.time() - begin, b=b, k_used=min(args.k, b),
-        epoch=best["epoch"] + 1, validation=train_teacher.criterion(validation), **choice)
+        epoch=best["epoch"] + 1, validation=validation, **choice)
     if args.rank == 0:
         if keep_student:
             train_teacher.log_videos(run, f"student {args.method}", features, fold.test, output)
