@@ -2214,6 +2214,16 @@ def test_resumed_equals_uninterrupted(stage, two_views, views_run, tmp_path, mon
     assert not list(killed.glob("*.progress")) and not list(killed.glob("*.tmp"))
 
 
+def test_another_head_of_other_data_does_not_touch_the_backbones_that_are_there(two_views, views_run, tmp_path, capsys):
+    other = tmp_path / "other.npz"
+    shutil.copy(two_views, other)
+    before = {path: path.read_bytes() for path in views_run.glob("*.*") if path.suffix in (".pt", ".npz")}
+    line = f"--dataset features --root {other} --out {views_run.parents[2]} --fusion mmt --backbone-epochs 1 --device cpu"
+    assert call(train_teacher, line) == 2
+    assert f"{views_run / 'visual.pt'}: is a teacher of {two_views}" in capsys.readouterr().err
+    assert len(before) >= 4 and before == {path: path.read_bytes() for path in before}
+
+
 def test_resume_refuses_other_settings(views_run, two_views, capsys):
     line = f"--dataset features --root {two_views} --out {views_run.parents[2]} --resume --device cpu --fusion-epochs 5"
     assert call(train_teacher, line + " --backbone-epochs 4") == 2

@@ -557,14 +557,14 @@ def train_backbone(modality, source, fold, settings, args, folder):
 
         if args.rank > 0:
             continue  # the first rank writes for all
+        seconds = time.time() - start
+        line = dict(stage=modality, epoch=epoch + 1, loss=means[0], **found, seconds=seconds)
+        append_line(folder / "log.jsonl", line)  # before the progress: no epoch is left out
+        print(f"{modality} epoch {epoch + 1:3d}  loss {means[0]:.4f}  val {show(found)}  "
+              f"{seconds:.1f} s")
         if time.time() - saved > SAVE_EVERY:
             keep_progress(progress, settings, epoch, model, optimizer, best)
             saved = time.time()
-        seconds = time.time() - start
-        line = dict(stage=modality, epoch=epoch + 1, loss=means[0], **found, seconds=seconds)
-        append_line(folder / "log.jsonl", line)
-        print(f"{modality} epoch {epoch + 1:3d}  loss {means[0]:.4f}  val {show(found)}  "
-              f"{seconds:.1f} s")
 
     state = best and dict(kind=modality, settings=settings, **best)
     if fault:
@@ -698,11 +698,11 @@ def train_fusion(features, fold, settings, args, run):
             if best[name] is None or value > best[name]["score"]:
                 best[name] = dict(score=value, epoch=epoch, model=snapshot(model[name]))
 
+        append_line(run / "log.jsonl", dict(stage="fusion", epoch=epoch + 1, loss=means[0],
+                                            tnet_loss=means[1], tnet_val_mse=mse, **found))
         if time.time() - saved > SAVE_EVERY:
             keep_progress(progress, progress_of, epoch, model, optimizer, best)
             saved = time.time()
-        append_line(run / "log.jsonl", dict(stage="fusion", epoch=epoch + 1, loss=means[0],
-                                            tnet_loss=means[1], tnet_val_mse=mse, **found))
 
     pairs = privileged[fold.val.index.to(args.device)]
     variance = pairs.var(dim=(0, 1), correction=0).mean().item()
@@ -733,10 +733,11 @@ def train_teacher(settings, source, args):
     start = time.time()
     run = run_folder(settings, args.out)
     folder, path = stage_1_folder(run, settings), run / "teacher.pt"
-    old = load(path, "teacher") if path.exists() else None
-    if old and old["settings"]["root"] != settings["root"]:
-        raise UserError(f"{path}: is a teacher of {old['settings']['root']}, not of "
-                        f"{settings['root']}; give another --out")
+    for kind, there in (("visual", folder / "visual.pt"), ("teacher", path)):
+        old = load(there, kind) if there.exists() else None
+        if old and old["settings"]["root"] != settings["root"]:  # of another head's teacher, too
+            raise UserError(f"{there}: is a teacher of {old['settings']['root']}, not of "
+                            f"{settings['root']}; give another --out")
     fold = fold_of(source, settings)
     run.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
