@@ -660,12 +660,10 @@ def read_sound(path, end):
 def mel_filters():
     """(64, 513) triangles of height 1, evenly spaced to rate / 2 in 2595 log10(1 + f / 700)."""
     top = SOUND_RATE / 2
-    corners = np.linspace(0, 2595 * np.log10(1 + top / 700), 64 + 2)
-    corners = 700 * (10 ** (corners / 2595) - 1)[:, None]  # Hz
-    f = np.linspace(0, top, 513)
-    rise = (f - corners[:-2]) / (corners[1:-1] - corners[:-2])
-    fall = (corners[2:] - f) / (corners[2:] - corners[1:-1])
-    return torch.from_numpy(np.minimum(rise, fall).clip(0)).float()
+    corners = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + top / 700), 66) / 2595) - 1)  # Hz
+    frequencies = np.linspace(0, top, 513)
+    filters = [np.interp(frequencies, corners[i:i + 3], [0, 1, 0]) for i in range(64)]
+    return torch.from_numpy(np.stack(filters)).float()
 
 
 def log_mel(sound):
@@ -848,15 +846,16 @@ def save_features(path, arrays):
 
 @contextmanager
 def replacing(path):
-    """A temporary path beside `path`, with its ending: renamed to it, or removed on any failure."""
+    """A hidden path beside `path`, with its ending, for a file or a folder: renamed to it when all
+    is written, removed on any failure. What a killed process leaves is no sample and no result."""
     path = Path(path)
-    part = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    part = path.with_name(f".{path.stem}.tmp{path.suffix}")
 
     def clear():  # a file or a folder
         shutil.rmtree(part, ignore_errors=True)
         part.unlink(missing_ok=True)
 
-    clear()  # what a killed process left
+    clear()
     try:
         yield part
         os.replace(part, path)
@@ -1117,16 +1116,18 @@ def crop_video(job):
     Two passes: a median looks ahead, and the frames of a long video do not fit in memory.
     """
     video, target, detector = job
-    detect, part = face_detector(detector), target.with_name(f".{target.name}.part")
+    detect = face_detector(detector)
     import cv2
     try:
         faces = np.array([largest_face(detect(frame)) for frame in video_frames(video)])
         smooth = smooth_faces(faces)
         if not smooth:
             raise UserError(f"{video}: no face in it; look at it, or try another --detector")
+    except UserError as error:
+        return 0, 0, str(error)
 
-        # Under a hidden name until it is complete: what a killed run leaves is no sample.
-        shutil.rmtree(part, ignore_errors=True)
+    # what cannot be written ends all of it: other videos would fare no better
+    with replacing(target) as part:
         part.mkdir(parents=True)
         for i, frame in enumerate(video_frames(video)):
             if i in smooth:
@@ -1136,13 +1137,6 @@ def crop_video(job):
                 crop = cv2.warpAffine(frame, turn, (CROP, CROP))
                 jpeg = cv2.imencode(".jpg", crop, (cv2.IMWRITE_JPEG_QUALITY, 95))[1]
                 (part / f"img_{i + 1:05d}.jpg").write_bytes(jpeg)
-        part.rename(target)
-    except UserError as error:
-        return 0, 0, str(error)
-    except OSError as error:  # a full disk, say: other videos would fare no better
-        raise UserError(f"{part}: {error.strerror}; then give the same command again") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return len(faces), len(faces) - len(smooth), ""
 
 

@@ -1634,7 +1634,10 @@ def test_the_table_of_videos_scores_each_by_itself(tmp_path):
         affwild2(tmp_path, video, len(label), label=label)
     source = data.open_dataset("affwild2", tmp_path, length=1)
     output = randn(5, 1, 2)  # three clips of video one, two of video two
-    shown = train_teacher.score_videos(source, data.label_windows(source, source.label), output)
+    train_teacher.log_videos(tmp_path, "student", source, data.label_windows(source, source.label), output)
+    shown, = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert shown["test_videos_of"] == "student" and sorted(shown["videos"]) == ["one", "two"]
+    shown = shown["videos"]
     predicted = {"one": np.repeat(output[:3, 0].numpy(), 32, 0), "two": np.repeat(output[3:, 0].numpy(), 32, 0)}
     for video, label in labels.items():
         p, y = predicted[video][label[:, 0] != -5, 1], label[label[:, 0] != -5, 1]
@@ -1674,7 +1677,7 @@ def test_features_file_round_trip(tmp_path, label, task, outputs):
     content = arrays(label=label, split=np.array(["train", "train", "test", "test", "train", "train"]))
     data.save_features(tmp_path / "f.npz", content)
     source = data.open_dataset("features", tmp_path / "f.npz")
-    assert (source.task, source.outputs, source.length) == (task, outputs, 2) and not list(tmp_path.glob("*.tmp"))
+    assert (source.task, source.outputs, source.length) == (task, outputs, 2) and not list(tmp_path.glob("*.tmp*"))
     for sample, clip in itertools.product(range(6), range(2)):
         row = 2 * sample + clip
         np.testing.assert_array_equal(source.visual(row), content["visual"][sample, clip])
@@ -2211,7 +2214,7 @@ def test_resumed_equals_uninterrupted(stage, two_views, views_run, tmp_path, mon
     for name, keys in {"teacher": ("head", "tnet"), "student-pkdot": ("model",)}.items():
         one, two = (torch.load(run / f"{name}.pt", weights_only=True) for run in (whole, killed))
         assert all(equal(one[key], two[key]) for key in keys)
-    assert not list(killed.glob("*.progress")) and not list(killed.glob("*.tmp"))
+    assert not list(killed.glob("*.progress")) and not list(killed.glob("*.tmp*"))
 
 
 def test_another_head_of_other_data_does_not_touch_the_backbones_that_are_there(two_views, views_run, tmp_path, capsys):
@@ -2391,7 +2394,7 @@ def gradients_over_ranks(args):
         student, trained, rows, index, label, teacher = distillation_problem(name, *kind)
         flags = train_student.parse(["--k", "9"])
         vars(flags).update(device=args.device, rank=args.rank, world=args.world, shared=name == "shared",
-                           method="pkdot" if name == "shared" else name, **{"lambda": WEIGHT})
+                           method="pkdot" if name == "shared" else name, lam=WEIGHT)
         network, optimizer = train_teacher.spread(student, flags), Recorder(trained)
         shares = [train_teacher.share(batch, flags) for batch in BATCHES]
         inputs = train_student.student_inputs(rows, None, index, shares, flags)
@@ -2924,7 +2927,7 @@ def test_the_students_terms_are_over_labelled_samples_and_over_all_pairs(pairs, 
     run, saved, _ = pairs_run
     whole = (part == "train").sum()
     args = train_student.parse(f"--method cosine --epochs 1 --batch-size {whole} --out {tmp_path}".split())
-    vars(args).update({"lambda": 0.4, "device": torch.device("cpu"), "rank": 0, "world": 1})
+    vars(args).update({"lam": 0.4, "device": torch.device("cpu"), "rank": 0, "world": 1})
     features, before = data.Features(run / "features.npz"), {}
     samples = data.Windows(torch.from_numpy(np.flatnonzero(part == "train"))[:, None], None, None)
 
@@ -3059,13 +3062,13 @@ def test_labels_and_lambdas_that_do_not_fit_are_one_line(script, line, named, tw
 def test_positive_control(tmp_path, capsys):
     """A problem in which there is something to transfer. The visual view falls into 100 clusters at random places, of
     which nothing but the privileged view says which belong together: it is the class and a little noise. 60 samples
-    have a label, fewer than there are clusters; 700 pairs show them all. The student may move (--finetune).
+    have a label, fewer than there are clusters; 700 pairs show them all. The student may move (--finetune), and is
+    trained until it has (60 epochs are 300 steps).
 
-    It shows that the terms can transfer, not that they do at the paper's lambda: this problem and the lambda of 10, one
-    for all methods, were settled after other problems and lambdas had been tried. At 0.4 neither cosine nor shared
-    anchors gain, and on two other draws only shared anchors exceed the spread in both. Per-row anchors are recorded
-    beside the others, whatever they do."""
-    rng = np.random.default_rng(0)
+    Lambda is chosen as a table chooses it, on validation, for each method from the same values (with seed 0). That
+    rule, the number of epochs and the draw of the problem were fixed before their first run. Per-row anchors are
+    recorded beside the others, whatever they do."""
+    rng = np.random.default_rng(1)
     cluster = rng.permutation(1000) % 100
     label, place = cluster % 4, rng.normal(size=(100, 20))
     np.savez(tmp_path / "pairs.npz", label=label,
@@ -3076,18 +3079,22 @@ def test_positive_control(tmp_path, capsys):
     bounds = {line["role"]: line["accuracy"] for line in results(tmp_path)}
     assert bounds["visual"] + 30 < bounds["multimodal"]
 
+    def student(flags, lam, seed):
+        assert call(train_student, f"{flags} --lambda {lam} --seed {seed} --finetune --epochs 60 {common}") == 0
+        return results(tmp_path)[-1]
+
     found = {}
     for name, flags in {"none": "--method none", "kl": "--method kl", "cosine": "--method cosine",
                         "shared": "--shared-anchors", "per row": ""}.items():
-        for seed in range(3 if name == "per row" else 5):
-            assert call(train_student, f"{flags} --lambda 10 --finetune --seed {seed} {common}") == 0
-        found[name] = [line["accuracy"] for line in results(tmp_path)[3:]][-(seed + 1):]
+        tried = [student(flags, lam, 0) for lam in ((0.4,) if name == "none" else (0.1, 0.4, 1, 4, 10))]
+        chosen = max(tried, key=lambda line: line["validation"])
+        found[name] = [chosen["accuracy"],
+                       *(student(flags, chosen["lambda"], seed)["accuracy"] for seed in range(1, 5))]
     capsys.readouterr()
     for name, scores in found.items():
         gain, spread = np.mean(scores) - np.mean(found["none"]), max(np.std(x, ddof=1) for x in (scores, found["none"]))
         print(f"{name}: {np.mean(scores):.1f}, {gain:+.1f} over none, spread {spread:.1f}")
         assert name in ("none", "per row") or gain > spread, (name, found)
-        assert gain > -2 * spread
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -3139,7 +3146,7 @@ def test_a_bound_pairs_with_every_seed():
 def test_only_lines_with_the_same_settings_count():
     settings = {"dataset": "biovid_b", "synthetic": False, "fold": 2}
     teacher = {"settings": settings, "weights": "a-b-c-d"}
-    args = train_student.with_flags(train_student.parse(["--seed", "3"]), {"lambda": 0.4})
+    args = train_student.with_flags(train_student.parse(["--seed", "3"]), lam=0.4)
     good = {"role": "student", **settings, **train_student.identity(args, teacher)}
     assert good["lambda"] == 0.4 and good["epochs"] == 20
     other = {"role": "visual", "dataset": "biovid_a", "synthetic": True, "fold": 1, "epsilon": 0.2, "seed": 2,
@@ -3467,7 +3474,7 @@ def test_crop_names_each_video_that_fails_and_goes_on_where_it_stopped(tmp_path,
     writer = cv2.VideoWriter(str(videos / "white.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 25, (320, 240))
     [writer.write(np.full((240, 320, 3), 255, np.uint8)) for _ in range(9)]
     writer.release()
-    left = tmp_path / "faces" / ".good.part"  # by a run that was killed
+    left = tmp_path / "faces" / ".good.tmp"  # by a run that was killed
     left.mkdir(parents=True)
     (left / "img_00099.jpg").touch()
 

@@ -19,7 +19,6 @@ import math
 import statistics
 import sys
 import time
-from argparse import Namespace
 from itertools import product, starmap
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +43,7 @@ from pkdot import (
     rkd_loss,
     task_loss,
 )
-from train_teacher import append_line, bar, fingerprint, load, score, show
+from train_teacher import append_line, bar, fingerprint, load, score, show, with_flags
 
 # What lambda weighs in Eq. 9, of the student's and the teacher's Fused of a batch.
 # To add a baseline: write its loss in pkdot.py, and a line here.
@@ -80,7 +79,7 @@ def distil(teacher, args, keep_student=True, watch=None):
         raise UserError(f"--method {args.method} compares class probabilities, and valence/arousal "
                         "has none; choose another method")
 
-    features = open_features(teacher)
+    features = open_features(teacher, device)
     fold = train_teacher.fold_of(features, settings, dense=True)
     samples = len(fold.train.index)
     b = min(args.batch_size, samples)
@@ -88,7 +87,7 @@ def distil(teacher, args, keep_student=True, watch=None):
         print(f"warning: only {samples} training samples; batches are of {b} and k is "
               f"{min(args.k, b)}", file=sys.stderr)
     label = fold.train.label.to(device)
-    targets = teacher_answers(teacher, features, fold.train.index, device)
+    targets = teacher_answers(teacher, features, fold.train.index)
 
     train_teacher.seed_all(args.seed, 3)
     student, trained = make_student(teacher, args)
@@ -178,7 +177,6 @@ def train_epoch(answers, batches, label, teacher, optimizer, args):
     answers: the student's Fused of this rank's share of each batch, computed as it is asked for;
     label (S, ...) and the teacher's Fused (S, ...) are of all windows.
     """
-    lam = vars(args)["lambda"]  # a keyword of Python's
     terms = []
     for batch, s in zip(batches, answers, strict=True):
         batch = batch.to(args.device)
@@ -191,7 +189,7 @@ def train_epoch(answers, batches, label, teacher, optimizer, args):
         except ValueError:  # a representation is not finite: no epoch goes on from here
             terms.append(torch.stack([loss_gt, torch.full_like(loss_gt, math.nan)]).detach())
             break
-        loss = loss_gt + lam * W  # Eq. 9
+        loss = loss_gt + args.lam * W  # Eq. 9
 
         optimizer.zero_grad()
         loss.backward()
@@ -204,10 +202,9 @@ def what_the_student_sees(features, settings, args):
     """(visual, privileged): the rows of visual features (R, 512), or under --finetune what lies
     before the backbone, a data set of faces or rows (R, Dv); and for an oracle the true privileged
     features (R, 512), else None."""
-    rows = {name: value.to(args.device) for name, value in features.rows.items()}
-    privileged = rows["privileged"] if args.hallucinate == "oracle" else None
+    privileged = features.rows["privileged"] if args.hallucinate == "oracle" else None
     if not args.finetune:
-        return rows["visual"], privileged
+        return features.rows["visual"], privileged
     source = open_faces(settings, args)
     first = data.windows(features.video, features.length)[0][:, 0].numpy()  # it names a sample
     if len(source.name) != len(features.name) or (source.name[first] != features.name[first]).any():
@@ -223,9 +220,9 @@ def student_inputs(visual, privileged, index, batches, args):
     privileged). Rows give visual (b, L, D) and windows None; a data set gives the distinct clips
     (U, 1, 3, F, H, W) of the batch, read once each, and which of them its windows have (b, L)."""
     batches = [index[batch] for batch in batches]  # (b, L) rows each
-    truth = (None if privileged is None else privileged[rows.to(args.device)] for rows in batches)
+    truth = (None if privileged is None else privileged[rows] for rows in batches)
     if torch.is_tensor(visual):
-        seen = ((visual[rows.to(args.device)], None) for rows in batches)
+        seen = ((visual[rows], None) for rows in batches)
     else:
         picks = [rows.unique(return_inverse=True) for rows in batches]
         every, rows = torch.arange(len(visual.name))[:, None], [rows for rows, _ in picks]
@@ -236,12 +233,12 @@ def student_inputs(visual, privileged, index, batches, args):
 
 
 @torch.no_grad()
-def teacher_answers(teacher, features, index, device):
+def teacher_answers(teacher, features, index):
     """Fused (S, ...) of the frozen teacher for all windows: on frozen features it answers once."""
-    head = train_teacher.make_head(teacher["settings"]).to(device).eval()
+    visual, privileged = features.rows["visual"], features.rows["privileged"]
+    head = train_teacher.make_head(teacher["settings"]).to(visual.device).eval()
     head.load_state_dict(teacher["head"])
-    visual, privileged = (features.rows[m].to(device) for m in ("visual", "privileged"))
-    answers = [head(visual[rows], privileged[rows]) for rows in index.to(device).split(256)]
+    answers = [head(visual[rows], privileged[rows]) for rows in index.split(256)]
     return Fused(*(torch.cat(part) for part in zip(*answers, strict=True)))
 
 
@@ -269,7 +266,7 @@ def make_student(teacher, args):
 
 def log_epoch(run, args, epochs, epoch, loss_gt, W, found):
     """Task and OT terms apart: every epoch to log.jsonl, ten of them to the screen."""
-    lambda_w = vars(args)["lambda"] * W
+    lambda_w = args.lam * W
     append_line(run / "log.jsonl", dict(
         stage="student", method=args.method, seed=args.seed, epoch=epoch + 1,
         loss_gt=loss_gt, w=W, lambda_w=lambda_w, **found))
@@ -307,9 +304,9 @@ def open_teacher(path):
     return {**state, "path": path, "stage 1": folder, "weights": "-".join(parts)}
 
 
-def open_features(teacher):
+def open_features(teacher, device):
     """The features that a teacher was trained on."""
-    features = train_teacher.open_features(teacher["stage 1"], teacher["settings"])
+    features = train_teacher.open_features(teacher["stage 1"], teacher["settings"], device)
     if features.backbones != teacher["backbones"]:
         raise UserError(f"{teacher['stage 1']}: features.npz is of other backbones than "
                         f"{teacher['path']}; finish the teacher: train_teacher.py --resume with "
@@ -317,7 +314,7 @@ def open_features(teacher):
     return features
 
 
-CHOICES = ("method", "lambda", "k", "epsilon", "debias", "anchors", "shared", "transport",
+CHOICES = ("method", "k", "epsilon", "debias", "anchors", "shared", "transport",
            "hallucinate", "batch_size", "lr", "epochs", "finetune", "select", "seed", "amp")
 
 
@@ -325,8 +322,7 @@ def identity(args, teacher):
     """What a line of results.jsonl must agree in to stand for a run: every choice, the teacher's
     weights, the code of the loss and the networks."""
     choice = {key: vars(args)[key] for key in CHOICES}
-    if args.method == "none":
-        choice["lambda"] = 0.0  # it weighs nothing
+    choice["lambda"] = 0.0 if args.method == "none" else args.lam
     if args.epochs is None:  # a stand-in's epochs are of few steps
         choice["epochs"] = 50 if teacher["settings"]["synthetic"] else 20
     return {**choice, "teacher": teacher["weights"], "code": code_digest()}
@@ -400,7 +396,7 @@ def predict(folder, path, args):
     on stdout; what cannot be used is named on stderr. Returns the exit code, then 1."""
     student, settings, _ = load_student(path, args.device)
     if settings["dataset"] == "features":
-        source = open_faces(settings, with_flags(args, {"root": folder}), labelled=False)
+        source = open_faces(settings, with_flags(args, root=folder), labelled=False)
     else:
         source = data.Faces(folder, settings["dataset"], settings["length"],
                             settings["image_size"], face_start(settings, args))
@@ -534,12 +530,12 @@ TABLES = {
         "T-Net's output zero": {"hallucinate": "zero"},
         "true privileged features (no student)": {"hallucinate": "oracle"},
         "backbone trained": {"finetune": True},
-        **{f"lambda {x:g}": {"lambda": [x]} for x in (0.0, 0.1, 1.0, 4.0, 10.0)},
+        **{f"lambda {x:g}": {"lambdas": [x]} for x in (0.0, 0.1, 1.0, 4.0, 10.0)},
         "epoch chosen on the test fold": {"select": "test"},
         "folds over clips": {"folds": "clips"},
-        "the release's lambda and epsilon": {"lambda": [0.6], "epsilon": 0.01},
+        "the release's lambda and epsilon": {"lambdas": [0.6], "epsilon": 0.01},
         "the release's lambda, epsilon, epoch and folds": {
-            "lambda": [0.6], "epsilon": 0.01, "select": "test", "folds": "clips"},
+            "lambdas": [0.6], "epsilon": 0.01, "select": "test", "folds": "clips"},
         "none (lambda 0)": {"method": "none"},
         "Visual only (lower bound)": "visual",
         "Multimodal (upper bound)": "multimodal"}.items())))}
@@ -577,10 +573,6 @@ def read_results(path):
     return records
 
 
-def with_flags(args, change):
-    return Namespace(**{**vars(args), **change})
-
-
 def is_student(row):
     return isinstance(row.ours, dict)
 
@@ -603,7 +595,7 @@ def fill(table, args):
     for (i, row), (j, column) in product(enumerate(table.rows), enumerate(table.columns)):
         if row.ours is None or undefined(row, column):
             continue
-        flags = with_flags(args, changes(row, column))
+        flags = with_flags(args, **changes(row, column))
         key = column.dataset, column.classes, flags.labelled, flags.folds
         if key not in teachers:
             teachers[key] = []
@@ -617,8 +609,8 @@ def fill(table, args):
         # a student for each seed, and for each lambda to choose from
         seeds = range(args.seed, args.seed + args.seeds) if is_student(row) else [None]
         for teacher, seed in product(teachers[key], seeds):
-            students = [with_flags(flags, {"seed": seed, "lambda": lam})
-                        for lam in vars(flags)["lambda"] if is_student(row)]
+            students = [with_flags(flags, seed=seed, lam=lam)
+                        for lam in flags.lambdas if is_student(row)]
             jobs[i, j, teacher["settings"]["fold"], seed] = teacher, students
 
     # students that results.jsonl lacks: each rank trains its share, then all read what all wrote
@@ -814,7 +806,7 @@ def format_table(table, cells, args):
     always = set.intersection(*(set(changes(row, column)) for row, column in product(rows, columns)
                                 if is_student(row)))  # a flag that each cell sets is no one's
     changed = [f"{key} {value}" for key, value in vars(args).items() if key not in always
-               and key in (*CHOICES, "labelled") and value not in (None, default[key])]
+               and key in (*CHOICES, "lambdas", "labelled") and value not in (None, default[key])]
     changed += ["folds over clips"] * (args.folds == "clips")
     lines += [f"with {', '.join(changed)}"] * bool(changed)
 
@@ -833,12 +825,12 @@ def format_table(table, cells, args):
     sizes = {(r["batch_size"], r["b"]) for r in records if r.get("b", 1e9) < r.get("batch_size", 0)}
     for size, b in sorted(sizes):
         lines.append(f"- fewer than {size} training samples: there batch size {size} is b = {b}")
-    if len(vars(args)["lambda"]) > 1:
+    if len(args.lambdas) > 1:
         lines += [f"- lambda chosen on validation, {row.label}, {column.heading}: "
                   + ", ".join(f"{record['lambda']:g} (fold {fold}, seed {seed})"
                               for (fold, seed), record in cells[i, j].items())
                   for (i, row), (j, column) in product(enumerate(rows), enumerate(columns))
-                  if is_student(row) and "lambda" not in row.ours
+                  if is_student(row) and "lambdas" not in row.ours
                   and changes(row, column).get("method") != "none"]
     differences = [format_gap(*gap) for gap in gaps(table, cells)]
     lines += [*differences, CAPTION] if differences else []
@@ -963,12 +955,12 @@ def figure_5(args):
     args, dataset = one_lambda(args), args.dataset or "biovid_b"
     classes = "va" if dataset == "affwild2" else None
     fold, = (args.fold or ["1"])[:1]  # it shows one teacher
-    args = with_flags(args, {"fold": [fold.replace("all", "1")]})
+    args = with_flags(args, fold=[fold.replace("all", "1")])
     teacher, = ensure_teachers(*teacher_settings(dataset, classes, args), args)
     if args.rank > 0:
         return
     args = train_teacher.alone(args)
-    settings, features = teacher["settings"], open_features(teacher)
+    settings, features = teacher["settings"], open_features(teacher, args.device)
     epochs = identity(args, teacher)["epochs"]
 
     train = train_teacher.fold_of(features, settings, dense=True).train
@@ -976,7 +968,7 @@ def figure_5(args):
     train = train.take(torch.linspace(0, len(train.index) - 1, min(len(train.index), 128)).long())
     rank = train.label if train.label.ndim == 1 else train.label[..., 0].nanmean(1)
     train = train.take(rank.argsort(stable=True))
-    z_t = teacher_answers(teacher, features, train.index, args.device).z
+    z_t = teacher_answers(teacher, features, train.index).z
     S = {"teacher": cosine_similarity_matrix(z_t).cpu()}
 
     def watch(epoch, predict):
@@ -1016,7 +1008,7 @@ def parse(argv=None):
         help="the teacher's siblings of these folds; of a table, its folds (default all)")
     add("--method", choices=METHODS, default="pkdot", help="default pkdot")
     at_least = train_teacher.at_least
-    add("--lambda", type=at_least(0, float), nargs="+", default=[0.4],
+    add("--lambda", dest="lambdas", type=at_least(0, float), nargs="+", default=[0.4],
         help="weight of W in Eq. 9; default 0.4; a table chooses among several on validation")
     add("--k", type=at_least(1), default=30, help="anchors; default 30")
     add("--epsilon", type=at_least(1e-6, float), default=0.1, help="Eq. 5, in units of the cost "
@@ -1114,11 +1106,11 @@ def distil_folds(args):
 
 
 def one_lambda(args):
-    """The flags of a student, whose lambda is a number."""
-    if len(vars(args)["lambda"]) > 1:
+    """The flags of a student that has a single lambda."""
+    if len(args.lambdas) > 1:
         raise UserError("several values of --lambda are for --table, and --figure but 5; "
                         "give one")
-    return with_flags(args, {"lambda": vars(args)["lambda"][0]})
+    return with_flags(args, lam=args.lambdas[0])
 
 
 def siblings(path, folds):

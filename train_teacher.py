@@ -119,9 +119,13 @@ def leave_ranks():
         dist.destroy_process_group()
 
 
+def with_flags(args, **change):
+    return argparse.Namespace(**{**vars(args), **change})
+
+
 def alone(args):
     """The flags of a rank that trains by itself, as if there were no other."""
-    return argparse.Namespace(**{**vars(args), "rank": 0, "world": 1})
+    return with_flags(args, rank=0, world=1)
 
 
 def one_voice(args):
@@ -302,19 +306,15 @@ def criterion(found):
     return found["accuracy"] if "accuracy" in found else (found["valence"] + found["arousal"]) / 2
 
 
-def score_videos(source, windows, output):
-    """{video: its own CCC of valence and arousal, and its labelled frames}."""
+def log_videos(run, role, source, windows, output):
+    """A line of log.jsonl: each video's own CCC of valence and arousal, and its labelled frames."""
+    if source.task == "classification":
+        return
     prediction, label, row = data.scored(source, windows, output)
     video = source.video[row.numpy()]
     masks = {str(name): torch.from_numpy(video == name) for name in np.unique(video)}
-    return {name: scores(prediction[mask], label[mask]) for name, mask in masks.items()}
-
-
-def log_videos(run, role, source, windows, output):
-    """The per-video table of valence/arousal, into log.jsonl."""
-    if source.task == "regression":
-        append_line(run / "log.jsonl", {"test_videos_of": role,
-                                        "videos": score_videos(source, windows, output)})
+    append_line(run / "log.jsonl", {"test_videos_of": role, "videos": {
+        name: scores(prediction[mask], label[mask]) for name, mask in masks.items()}})
 
 
 def heading(settings):
@@ -391,7 +391,7 @@ DEFAULTS = {  # Table I and section IV-B; the batch size is the backbones'
     "affwild2": dict(
         fusion="jca", visual_backbone="i3d", length=8, batch_size=8, fusion_lr=1e-3),
     "features": dict(
-        fusion="concat", visual_backbone="mlp", length=None, batch_size=64, fusion_lr=1e-4)}
+        fusion="concat", visual_backbone="mlp", batch_size=64, fusion_lr=1e-4)}  # its own length
 COMMON = dict(  # the numbers of epochs are not in the paper
     classes=2, image_size=112, lr=1e-3, backbone_epochs=30, fusion_epochs=50, fusion_batch_size=64,
     seed=0, amp=False, weights=None, folds="subjects", labelled=None, face_start=None)
@@ -412,19 +412,15 @@ def make_settings(dataset, root=None, synthetic=False, **given):
         raise UserError("--dataset features needs --root FILE.npz (the format: README.md); "
                         "it has no stand-in")
     root = root or f"data/{dataset}" + "-synthetic" * synthetic
-    if synthetic:
-        try:
-            if RANK == 0:
-                data.write_stand_in(dataset, root)
-        finally:
-            wait_for_all()
-        data.write_stand_in(dataset, root)  # is there now, or is refused in every rank
+    if synthetic and RANK == 0:
+        data.write_stand_in(dataset, root)
+    wait_for_all()
     synthetic = (Path(root) / "SYNTHETIC").is_file()
 
     settings = {**COMMON, **DEFAULTS[dataset],
                 **(STAND_IN[dataset.partition("_")[0]] if synthetic else {})}
     settings.update((key, given[key]) for key in settings if given.get(key) is not None)
-    source = data.open_dataset(dataset, root, settings.pop("classes"), settings["length"],
+    source = data.open_dataset(dataset, root, settings.pop("classes"), settings.get("length"),
                                settings["image_size"], face_start=settings["face_start"])
 
     settings.update(dataset=dataset, root=str(Path(root)), synthetic=synthetic, task=source.task,
@@ -436,16 +432,18 @@ def make_settings(dataset, root=None, synthetic=False, **given):
     return settings, source
 
 
+VARIANT = {  # what makes another teacher, and its part of the folder's name
+    "visual_backbone": "{}", "fusion": "{}", "length": "length{}", "labelled": "{}labels",
+    "folds": "{}", "seed": "seed{}"}
+
+
 def variant(settings):
-    """c2, c5, va, then whatever else makes another teacher: none overwrites another's."""
-    default = DEFAULTS[settings["dataset"]]
+    """c2, c5 or va, then whatever is not the default: no teacher overwrites another's."""
+    default = {**settings, **COMMON, **DEFAULTS[settings["dataset"]]}
     names = [f"c{settings['outputs']}" if settings["task"] == "classification" else "va"]
-    names += [settings[k] for k in ("visual_backbone", "fusion") if settings[k] != default[k]]
-    if settings["length"] != (default["length"] or settings["length"]):
-        names.append(f"length{settings['length']}")
-    names += [f"{settings['labelled']}labels"] * (settings["labelled"] is not None)
-    names += [settings["folds"]] * (settings["folds"] != "subjects")
-    return "-".join(names + [f"seed{settings['seed']}"] * (settings["seed"] > 0))
+    names += [name.format(settings[key]) for key, name in VARIANT.items()
+              if settings[key] != default[key]]
+    return "-".join(names)
 
 
 def run_folder(settings, out):
@@ -647,15 +645,13 @@ def extract_features(backbones, weights, source, settings, args, path):
 def train_fusion(features, fold, settings, args, run):
     """Stage 2, second half: fusion head on the task loss, T-Net on MSE(T(visual), privileged); the
     best epoch of each. Samples without a label are pairs of modalities, and count for the T-Net.
-
-    The features lie on the device once; a batch of windows is rows picked by index, not copied.
     """
     progress = run / "fusion.progress"
     progress_of = {**settings, "backbones": features.backbones}
     seed_all(settings["seed"], 2)
     model = nn.ModuleDict({"head": make_head(settings), "tnet": models.TNet()}).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings["fusion_lr"], fused=True)
-    visual, privileged = (features.rows[m].to(args.device) for m in ("visual", "privileged"))
+    visual, privileged = features.rows["visual"], features.rows["privileged"]
     index, label = fold.train.index.to(args.device), fold.train.label.to(args.device)
     first, best = 0, dict(head=None, tnet=None)
     if args.resume and progress.exists():
@@ -691,7 +687,7 @@ def train_fusion(features, fold, settings, args, run):
 
         # each keeps its own best epoch, chosen on held-out training groups
         model.eval()
-        batches = fold.val.index.to(args.device).split(256)
+        batches = fold.val.index.split(256)
         found = score(features, fold.val, answers(fused, batches, args))
         mse = answers(squared_error, batches, args).mean().item()
         for name, value in (("head", criterion(found)), ("tnet", -mse)):
@@ -704,8 +700,7 @@ def train_fusion(features, fold, settings, args, run):
             keep_progress(progress, progress_of, epoch, model, optimizer, best)
             saved = time.time()
 
-    pairs = privileged[fold.val.index.to(args.device)]
-    variance = pairs.var(dim=(0, 1), correction=0).mean().item()
+    variance = privileged[fold.val.index].var(dim=(0, 1), correction=0).mean().item()
     head, tnet = best["head"], best["tnet"]
     print(f"fusion {settings['fusion_epochs']} epochs in {time.time() - start:.1f} s; "
           f"best of epoch {head['epoch'] + 1}; T-Net's of epoch {tnet['epoch'] + 1}, which leaves "
@@ -722,9 +717,12 @@ def backbone_weights(state):
             if key.startswith("backbone.")}
 
 
-def open_features(folder, settings):
-    """Stage 2's features file, with windows as long as the run's samples."""
-    return data.Features(folder / "features.npz", settings["length"])
+def open_features(folder, settings, device):
+    """Stage 2's features file, with windows as long as the run's samples, its rows on the device:
+    from there on a batch of windows is rows picked by index, not copied."""
+    features = data.Features(folder / "features.npz", settings["length"])
+    features.rows = {modality: rows.to(device) for modality, rows in features.rows.items()}
+    return features
 
 
 def train_teacher(settings, source, args):
@@ -758,18 +756,17 @@ def train_teacher(settings, source, args):
 
     # stage 2; on features a single process is fast enough
     features = folder / "features.npz"
-    if not features.exists() or open_features(folder, settings).backbones != weights:
+    if not features.exists() or open_features(folder, settings, "cpu").backbones != weights:
         extract_features(backbones, weights, source, settings, args, features)
     if args.rank > 0:
         return None
     args = alone(args)
-    features = open_features(folder, settings)
+    features = open_features(folder, settings, args.device)
     fold = fold_of(features, settings, dense=True)
     model = train_fusion(features, fold, settings, args, run)
 
     # the test fold, once
-    rows = {m: features.rows[m].to(args.device) for m in single}
-    batches = fold.test.index.to(args.device).split(256)
+    rows, batches = features.rows, fold.test.index.split(256)
     outputs = {m: answers(lambda i, m=m: single[m].classify(rows[m][i]), batches, args)
                for m in single}
     outputs["multimodal"] = answers(
