@@ -391,6 +391,12 @@ def evaluate(path, args):
           f"student {settings['student_method']} {show(found)}")
 
 
+def class_names(settings):
+    """BL1, PA1 ...; the classes of a features file have numbers."""
+    numbers = range(settings["outputs"])
+    return numbers if settings["dataset"] == "features" else data.BioVid.levels(len(numbers))
+
+
 def predict(folder, path, args):
     """One csv line per sample (class probabilities) or clip (valence, arousal) of unlabelled faces,
     on stdout; what cannot be used is named on stderr. Returns the exit code, then 1."""
@@ -409,10 +415,8 @@ def predict(folder, path, args):
         rows = sorted(zip(index[keep].tolist(), output[keep].tolist(), strict=True))
         lines = [(source.name[row], *values) for row, values in rows]
     else:
-        biovid = settings["dataset"].startswith("biovid")
-        names = data.BioVid.levels(settings["outputs"]) if biovid else range(settings["outputs"])
-        write(["sample", *(f"p({name})" for name in names)])
-        name = source.video if biovid else source.name
+        write(["sample", *(f"p({name})" for name in class_names(settings))])
+        name = source.name if settings["dataset"] == "features" else source.video
         lines = [(name[row], *p) for row, p in
                  zip(index[:, 0].tolist(), output.softmax(1).tolist(), strict=True)]
     for name, *values in lines:
@@ -989,12 +993,17 @@ def figure_5(args):
     figure, axes = plot.subplots(1, len(S), figsize=(3.2 * len(S), 3.6), layout="constrained")
     for axis, (name, matrix) in zip(axes, S.items(), strict=True):
         image = axis.imshow(matrix.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
-        axis.set(title=name, xlabel="training sample")
-        edges = train.label.sort().values.diff().nonzero() if train.label.ndim == 1 else []
-        for edge in edges:  # between two classes
-            axis.axvline(edge.item() + 0.5, color="black", lw=0.8)
-            axis.axhline(edge.item() + 0.5, color="black", lw=0.8)
-    axes[0].set_ylabel("sorted by class" if train.label.ndim == 1 else "sorted by valence")
+        axis.set(title=name, xlabel="training samples", ylabel="sorted by valence")
+        if train.label.ndim == 1:  # where each class lies
+            level, count = train.label.unique_consecutive(return_counts=True)
+            end = count.cumsum(0) - 0.5
+            names = [class_names(settings)[i] for i in level]
+            axis.set_xticks(end - count / 2, names)
+            axis.set_yticks(end - count / 2, names, rotation=90, va="center")
+            axis.set_ylabel("")
+            for edge in end[:-1]:
+                axis.axvline(edge, color="black", lw=0.8)
+                axis.axhline(edge, color="black", lw=0.8)
     figure.colorbar(image, ax=axes, label="cosine similarity (Eq. 4)", shrink=0.8)
     title = f"Figure 5: similarity matrices, {dataset} fold {settings['fold']}"
     save_picture(figure, out.with_suffix(".png"), title, settings["synthetic"])
