@@ -1271,7 +1271,7 @@ def test_left_and_right_share_sound_and_group_and_row_counts_may_be_off_by_two(t
     source = data.open_dataset("affwild2", tmp_path)
     assert set(source.group) == {"duo"} and set(source.video) == {"duo_left", "duo_right"} and len(source.label) == 6
     assert {source.wav(video) for video in source.video} == {tmp_path / "audio" / "duo.wav"}
-    assert sorted(set(source.images.flatten()))[-1] == "00070.jpg"
+    assert max(name for _, names in source.images for name in names) == "00070.jpg"
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -3467,7 +3467,7 @@ def test_crop_names_each_video_that_fails_and_goes_on_where_it_stopped(tmp_path,
     writer = cv2.VideoWriter(str(videos / "white.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 25, (320, 240))
     [writer.write(np.full((240, 320, 3), 255, np.uint8)) for _ in range(9)]
     writer.release()
-    left = tmp_path / "faces" / ".good.part"  # by a run that was killed
+    left = tmp_path / "faces" / ".good.tmp"  # by a run that was killed
     left.mkdir(parents=True)
     (left / "img_00099.jpg").touch()
 
