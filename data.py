@@ -133,9 +133,9 @@ def windows(video, length, dense=False):
 def label_windows(source, label, dense=False):
     """All windows of a source under its rows' labels: a sample's class is its first row's."""
     index, keep = windows(source.video, source.length, dense)
-    if label.ndim == 1:
-        return Windows(index, keep, label[index[:, 0]])
-    return Windows(index, keep, label[index].where(keep[..., None], NO_LABEL))
+    one_each = label.ndim == 1
+    label = label[index[:, 0]] if one_each else label[index].where(keep[..., None], NO_LABEL)
+    return Windows(index, keep, label)
 
 
 def fold_windows(source, fold, dense=False, folds="subjects", labelled=None):
@@ -289,7 +289,7 @@ def noting(faults):
 
 
 class Source:
-    """What the data sets of images share: `folders[video[row]]` holds the row's images.
+    """What the data sets of images share; `folders[video[row]]` holds all images of a row's video.
 
     `faults` lists what is wrong with the folders, `strays` what lies there unused; reading a file
     that is wrong raises UserError.
@@ -442,11 +442,11 @@ def pain_frames(folder, begin, end, face_start=None):
 
 def read_biosignal(path, column, begin, end):
     """One column of a BioVid csv from `begin` s on, found by time: (end - begin) * 512 values."""
-    count, slack = round((end - begin) * SIGNAL_RATE), 2e6 / SIGNAL_RATE  # us: two rows
+    count = round((end - begin) * SIGNAL_RATE)
     table = read_table(path, "\t", ["time", column])
     time, values = table[table[:, 0] >= begin * 1e6][:count].T
     if (len(values) < count or not np.isfinite(values).all() or (np.diff(time) <= 0).any()
-            or max(time[0] - begin * 1e6, abs(time[-1] - end * 1e6)) > slack):
+            or max(time[0] - begin * 1e6, abs(time[-1] - end * 1e6)) > 2e6 / SIGNAL_RATE):  # 2 rows
         raise UserError(f"{path}: expected {count} finite values of {column} between {begin:g} and "
                         f"{end:g} s, {SIGNAL_RATE} a second in rising time; extract it again or "
                         "remove the sample")
@@ -549,7 +549,7 @@ class Affwild2(Source):
 
     def _read_fps(self):
         """Frame rates from fps.txt; a video's ending may be there, a rate be 30000/1001."""
-        path, known = self.path / "fps.txt", set(map(sound_name, self.folders))
+        path, known = self.path / "fps.txt", {sound_name(video) for video in self.folders}
         text = path.read_text("utf-8-sig", errors="replace") if path.exists() else ""
         for line in filter(str.strip, text.splitlines()):
             match = re.fullmatch(r"(.+?)(?:_left|_right)?(?:\.(?:mp4|avi|mov|mkv|webm))?"
@@ -669,7 +669,7 @@ def mel_filters():
     mel = np.linspace(0, 2595 * np.log10(1 + top / 700), 64 + 2)
     corners = 700 * (10 ** (mel / 2595) - 1)  # Hz
     f = np.linspace(0, top, 513)
-    filters = [np.interp(f, corners[i:i + 3], (0, 1, 0)) for i in range(64)]
+    filters = [np.interp(f, corners, one_hot) for one_hot in np.eye(64 + 2)[1:-1]]
     return torch.from_numpy(np.stack(filters)).float()
 
 
@@ -745,36 +745,37 @@ class Features:
                                 f"infinity; {FEATURES}, finite float32")
             self.rows[key] = torch.from_numpy(array.astype(np.float32)).flatten(0, 1)
 
-        arrays = dict.fromkeys(("group", "name", "video"), np.arange(count)) | arrays
-        for key in sorted({"group", "name", "split", "video"} & arrays.keys()):
-            array = arrays[key]
-            if not fits(array, "Uiu", (count,)):
-                raise UserError(f"{path}: {key} is {array.dtype} {array.shape}, expected text or "
-                                f"whole numbers ({count},): write it with .astype(str)")
-            setattr(self, key, array.repeat(clips))
-        self.length, self.name = length or clips, self.name.astype(str)
+        self.length = length or clips
         self.backbones = str(arrays.get("backbones", ""))  # whose features they are, from stage 2
-        if len(np.unique(self.name)) < count:  # an evaluation finds its samples by name
-            raise UserError(f"{path}: name holds the same one twice; number them")
-        if clips > 1 and len(np.unique(self.video)) < count:
-            raise UserError(f"{path}: video joins samples of {clips} clips; write one clip a "
-                            "sample, (N, 1, D), or leave video out")
-        if self.split is not None:
-            self._check_split()
-
+        self._read_names(arrays, count, clips)
         if labelled:
-            self.label = torch.from_numpy(self._read_label(arrays["label"], count, clips))
-            self.frame_row = self.label.isfinite().view(len(self.label), -1).all(1).nonzero()[:, 0]
-            self.frame_label = self.label[self.frame_row]
+            self._read_label(arrays["label"], count, clips)
         if self.backbones and "frame_row" in arrays:
             row, label = arrays["frame_row"], arrays.get("frame_label", np.zeros(0))
-            if not (np.isin(row, np.arange(count * clips)).all() and fits(row, "i", (row.size,))
-                    and fits(label, "f", (row.size, 2))):
+            if not (fits(row, "i", (row.size,)) and fits(label, "f", (row.size, 2))
+                    and np.isin(row, np.arange(count * clips)).all()):
                 raise UserError(f"{path}: frame_row and frame_label are damaged; delete the file")
             self.frame_row = torch.from_numpy(row.astype(np.int64))
             self.frame_label = torch.from_numpy(label.astype(np.float32))
 
-    def _check_split(self):
+    def _read_names(self, arrays, count, clips):
+        """Sets group, name, video and split, (N * L,) each."""
+        arrays = dict.fromkeys(("group", "name", "video"), np.arange(count)) | arrays
+        for key in sorted({"group", "name", "split", "video"} & arrays.keys()):
+            array = arrays[key]
+            if not fits(array, "Uiu", (count,)):
+                raise UserError(f"{self.path}: {key} is {array.dtype} {array.shape}, expected text "
+                                f"or whole numbers ({count},): write it with .astype(str)")
+            setattr(self, key, array.repeat(clips))
+        self.name = self.name.astype(str)
+        if len(np.unique(self.name)) < count:  # an evaluation finds its samples by name
+            raise UserError(f"{self.path}: name holds the same one twice; number them")
+        if clips > 1 and len(np.unique(self.video)) < count:
+            raise UserError(f"{self.path}: video joins samples of {clips} clips; write one clip a "
+                            "sample, (N, 1, D), or leave video out")
+        if self.split is None:
+            return
+
         if not set(self.split) <= {"train", "test"}:
             raise UserError(f"{self.path}: split holds {str(set(self.split))[:60]}; expected train "
                             "and test")
@@ -783,14 +784,15 @@ class Features:
             raise UserError(f"{self.path}: group {both[0]} is in both splits; give it to one")
 
     def _read_label(self, label, count, clips):
-        """Sets task and outputs; a label for each row, (N * L,) or (N * L, 2)."""
+        """Sets task, outputs and a label for each row, (N * L,) or (N * L, 2)."""
         if label.dtype.kind in "iu" and label.shape == (count,):
             classes = np.unique(label[label != -1])
             if len(classes) < 2 or (classes != np.arange(len(classes))).any():
                 raise UserError(f"{self.path}: the classes are {classes.tolist()[:9]}; number two "
                                 "or more from 0 on, leaving none out, and write -1 for no label")
             self.task, self.outputs = "classification", len(classes)
-            return label.astype(np.int64).repeat(clips)
+            self.label = torch.from_numpy(label.astype(np.int64).repeat(clips))
+            return
 
         if not fits(label, "f", (count, 2), (count, clips, 2)):
             raise UserError(f"{self.path}: label is {label.dtype} {label.shape} or holds NaN; "
@@ -800,10 +802,11 @@ class Features:
             raise UserError(f"{self.path}: label holds 0 and 1 alone, no valence and arousal; "
                             "write classes as label.argmax(1)")
         self.task, self.outputs = "regression", 2
-        label = np.broadcast_to(label.reshape(count, -1, 2), (count, clips, 2))
-        label = label.reshape(-1, 2).astype(np.float32)
-        label[(label == INVALID).any(1)] = NO_LABEL
-        return label
+        label = torch.from_numpy(label.astype(np.float32)).reshape(count, -1, 2)
+        label = label.expand(count, clips, 2).flatten(0, 1)
+        self.label = label.where((label != INVALID).all(1, True), NO_LABEL)
+        self.frame_row = self.label.isfinite().all(1).nonzero()[:, 0]
+        self.frame_label = self.label[self.frame_row]
 
     def visual(self, row):
         return self.rows["visual"][row]
@@ -1072,9 +1075,8 @@ def face_detector(file):
 
 def largest_face(faces):
     """The largest of a detector's faces, as a square with a margin."""
-    if faces is None or len(faces) == 0:
-        return [np.nan] * 4
-    x, y, w, h, *eyes = max(faces, key=lambda face: face[2])
+    faces = () if faces is None else faces
+    x, y, w, h, *eyes = max(faces, key=lambda face: face[2], default=[np.nan] * 8)
     x1, y1, x2, y2 = eyes[:4] or (0, 0, 1, 0)  # Haar gives no eyes: level ones
     return [x + w / 2, y + h / 2, MARGIN * max(w, h), math.degrees(math.atan2(y2 - y1, x2 - x1))]
 
@@ -1098,7 +1100,8 @@ def video_frames(path):
     import cv2
     video = cv2.VideoCapture(str(path))
     step = 1 / (video.get(cv2.CAP_PROP_FPS) or FPS)
-    count, shown, time, more, frame = 0, 0, 0, *video.read()
+    count = shown = time = 0
+    more, frame = video.read()
     while more:
         scale = min(1, FRAME / max(frame.shape))
         frame = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
