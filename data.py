@@ -40,7 +40,7 @@ from scipy.io import wavfile
 from scipy.signal import resample_poly, spectrogram
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import resize
+from torchvision.transforms.functional import pil_to_tensor, resize
 from tqdm import tqdm
 
 DATASETS = ("biovid_b", "biovid_a", "affwild2", "features")
@@ -133,9 +133,9 @@ def windows(video, length, dense=False):
 def label_windows(source, label, dense=False):
     """All windows of a source under its rows' labels: a sample's class is its first row's."""
     index, keep = windows(source.video, source.length, dense)
-    if label.ndim == 1:
-        return Windows(index, keep, label[index[:, 0]])
-    return Windows(index, keep, label[index].where(keep[..., None], NO_LABEL))
+    one_each = label.ndim == 1
+    label = label[index[:, 0]] if one_each else label[index].where(keep[..., None], NO_LABEL)
+    return Windows(index, keep, label)
 
 
 def fold_windows(source, fold, dense=False, folds="subjects", labelled=None):
@@ -147,12 +147,12 @@ def fold_windows(source, fold, dense=False, folds="subjects", labelled=None):
     """
     part, label = parts(source, fold, folds), source.label
     if labelled is not None:
-        label = few_labels(source, torch.from_numpy(part == "train"), labelled, fold)
+        label = few_labels(source, part == "train", labelled, fold)
 
     samples = []
     for name in Fold._fields:
         whole = label_windows(source, label, dense and name == "train")
-        samples.append(whole.take(torch.from_numpy(part == name)[whole.index[:, 0]]))
+        samples.append(whole.take(part[whole.index[:, 0]] == name))
         if not samples[-1].labelled.any():
             raise UserError(f"{source.path}: no sample with a label in the {name} part of this "
                             "fold; give labels, or take another fold")
@@ -164,7 +164,7 @@ def few_labels(source, train, number, fold):
     and at least once. They are the first of one order that the fold alone decides, so that 20 of
     them are among 60."""
     samples = label_windows(source, source.label)
-    samples = samples.take(train[samples.index[:, 0]] & samples.labelled)
+    samples = samples.take(train[samples.index[:, 0]] & samples.labelled.numpy())
     order = np.random.default_rng(fold).permutation(len(samples.label))
     level = samples.label[order].numpy() if samples.label.ndim == 1 else 0 * order
     classes = np.unique(level)
@@ -174,11 +174,12 @@ def few_labels(source, train, number, fold):
 
     place = np.empty(len(order))  # where in the order, from 0 to 1; the first of each class at 0
     for one in classes:
-        rank = np.arange((level == one).sum())
-        place[level == one] = np.where(rank == 0, 0, (rank + 0.5) / len(rank))
+        mine = np.flatnonzero(level == one)
+        place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
+        place[mine[0]] = 0
     kept = samples.take(order[place.argsort(kind="stable")[:number]])
 
-    hidden, label = train.clone(), source.label.clone()
+    hidden, label = train.copy(), source.label.clone()
     hidden[kept.index[kept.keep]] = False
     label[hidden] = -1 if label.ndim == 1 else NO_LABEL
     return label
@@ -229,7 +230,7 @@ def image_files(folder, prefix, first=0):
     """Numbers and names of a folder's images, in order; UserError for a number below first."""
     form = prefix + r"(\d{5,9})\.(?:jpe?g|png)"
     found = (re.fullmatch(form, name, re.IGNORECASE)
-             for name in sorted(os.listdir(folder) if folder.is_dir() else ()))
+             for name in (os.listdir(folder) if folder.is_dir() else ()))
     names = dict(sorted((int(match[1]), match[0]) for match in found if match))
     if min(names, default=first) < first:
         raise UserError(f"{folder}: its images are numbered from 0, expected from 1; rename "
@@ -248,12 +249,11 @@ def read_frames(folder, names, size):
                     image = ImageOps.exif_transpose(file)
             if image.mode not in ("RGB", "L", "P", "1", "CMYK") or "transparency" in image.info:
                 raise ValueError(f"{image.mode} pixels; save it with 8 bits and without alpha")
-            pixels = np.array(image.convert("RGB"))
+            image = image.convert("RGB")
         except Exception as error:  # a damaged file makes Pillow raise any of a dozen kinds
             raise UserError(f"{folder / name}: not a plain jpg or png ({error}); extract it again "
                             "or delete it") from None
-        pixels = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
-        frames.append(resize(pixels, [size, size], antialias=True))
+        frames.append(resize(pil_to_tensor(image), [size, size]))
     return torch.stack(frames, 1)
 
 
@@ -272,9 +272,10 @@ def read_table(path, delimiter, columns):
 
 def find_folder(root, *names, inside):
     """The first of root/name that exists, or root/name/name as unzipping sometimes leaves it."""
-    for path in (path for name in names for path in (root / name / name, root / name)):
-        if path.is_dir():
-            return path
+    for name in names:
+        for path in (root / name / name, root / name):
+            if path.is_dir():
+                return path
     raise UserError(f"{root / names[0]}: expected a folder {names[0]}/{inside}")
 
 
@@ -287,35 +288,66 @@ def noting(faults):
         faults.append(str(error))
 
 
-def check_images(folder, prefix, faults):
-    """Notes each image of a folder that cannot be used."""
-    with noting(faults):
-        for name in image_files(folder, prefix)[1]:
+class Source:
+    """What the data sets of images share; `folders[video[row]]` holds all images of a row's video.
+
+    `faults` lists what is wrong with the folders, `strays` what lies there unused; reading a file
+    that is wrong raises UserError.
+    """
+    split = None
+
+    def __init__(self, root, length, image_size):
+        self.path, self.length, self.image_size = Path(root), length, image_size
+        self.faults, self.strays = [], []
+
+    def frames(self, row):
+        """The folder and the names of a row's images."""
+        return self.images[row]
+
+    def visual(self, row):
+        return read_frames(*self.frames(row), self.image_size)
+
+    def check(self):
+        """What is wrong inside the files, and the strays; see also `faults`."""
+        faults = list(self.strays)
+        for row in tqdm(range(len(self.name)), disable=None):
             with noting(faults):
-                read_frames(folder, [name], 8)
+                self.frames(row)
+            with noting(faults):
+                self.privileged(row)
+
+        for video in tqdm(dict.fromkeys(self.video), disable=None):
+            folder = self.folders[video]
+            with noting(faults):
+                for name in image_files(folder, self.PREFIX)[1]:
+                    with noting(faults):
+                        read_frames(folder, [name], 8)
+        return faults
 
 
-class BioVid:
+# BioVid: a sample's window in seconds, images and signal values a second, images of a clip
+BEGIN, END, FPS, SIGNAL_RATE, PAIN_IMAGES = 2.0, 5.0, 25, 512, 10
+
+
+class BioVid(Source):
     """BioVid Heat Pain, parts A (privileged: EDA) and B (EMG). Section IV-A1.
 
     root/faces/<subject>/<sample>/img_00001.jpg ..., root/biosignals_filtered/<subject>/
     <sample>_bio.csv. The label is in the sample's name; 2 classes keep BL1 and PA4. A sample is the
     window 2.0-5.0 s, cut into `length` clips: visual(row) -> uint8 (3, 10, size, size),
     privileged(row) -> float32 (1, 67, 127) when there is one clip. Image i lies at
-    face_start + (i - 1) / 25 seconds. `faults` lists what is wrong with the folders; reading a file
-    that is wrong raises UserError.
+    face_start + (i - 1) / 25 seconds.
     """
-    task, split = "classification", None
+    task, PREFIX = "classification", "img_"
     LEVELS = ("BL1", "PA1", "PA2", "PA3", "PA4")
     COLUMN = {"biovid_a": "gsr", "biovid_b": "emg_corrugator"}
-    BEGIN, END, VIDEO_FPS, RATE, FRAMES = 2.0, 5.0, 25, 512, 10  # s, s, Hz, Hz, images a clip
 
     def __init__(self, root, dataset, classes=2, length=1, image_size=112, privileged=True,
                  face_start=None):
-        self.path, self.column, self.length = Path(root), self.COLUMN[dataset], length
-        self.image_size, self.face_start = image_size, face_start
+        super().__init__(root, length, image_size)
+        self.column, self.face_start = self.COLUMN[dataset], face_start
         levels = self.levels(classes)
-        self.outputs, self.samples, self.faults, self.strays = len(levels), [], [], []
+        self.outputs, self.samples = len(levels), []  # (folder of images, csv, class)
         faces = find_folder(self.path, "faces",
                             inside=f"<subject>/<sample>/img_00001.jpg; {BIOVID}")
         if privileged:
@@ -340,56 +372,41 @@ class BioVid:
         if not self.samples and not self.faults:
             raise UserError(f"{faces}: no sample of {', '.join(levels)} in it; expected "
                             f"<subject>/<sample>/; {BIOVID}")
+        self.folders = [folder for folder, _, _ in self.samples]
         if face_start is None:
             with noting(self.faults):
-                expect_whole_videos([folder for folder, _, _ in self.samples], faces)
+                expect_whole_videos(self.folders, faces)
 
-        rows = [(sample, clip) for sample in self.samples for clip in range(length)]
-        self.name = np.array([f"{folder.name}/{clip}" for (folder, _, _), clip in rows])
-        self.group = np.array([folder.parent.name for (folder, _, _), _ in rows])
-        self.label = torch.tensor([level for (_, _, level), _ in rows])
         self.video = np.repeat(np.arange(len(self.samples)), length)
+        self.name = np.array([f"{f.name}/{clip}" for f in self.folders for clip in range(length)])
+        self.group = np.repeat([folder.parent.name for folder in self.folders], length)
+        self.label = torch.tensor([level for _, _, level in self.samples]).repeat_interleave(length)
 
     @classmethod
     def levels(cls, classes):
         return cls.LEVELS if classes == 5 else ("BL1", "PA4")
 
-    def _clip(self, row):
-        """Its folder of images, its csv, and where it begins and ends."""
-        folder, csv, _ = self.samples[row // self.length]
-        return folder, csv, clip_span(row % self.length, self.length)
-
-    def visual(self, row):
-        folder, _, span = self._clip(row)
-        return read_frames(folder, pain_frames(folder, *span, self.face_start), self.image_size)
+    def frames(self, row):
+        folder = self.folders[self.video[row]]
+        return folder, pain_frames(folder, *clip_span(row, self.length), self.face_start)
 
     def privileged(self, row):
-        _, csv, span = self._clip(row)
-        return pain_spectrogram(read_biosignal(csv, self.column, *span))
-
-    def check(self):
-        """Every fault inside the files, and what lies there unused; see also `faults`."""
-        faults = list(self.strays)
-        for folder, csv, _ in tqdm(self.samples, disable=None):
-            with noting(faults):
-                pain_frames(folder, self.BEGIN, self.END, self.face_start)
-            check_images(folder, "img_", faults)
-            with noting(faults):
-                read_biosignal(csv, self.column, self.BEGIN, self.END)
-        return faults
+        csv = self.samples[self.video[row]][1]
+        values = read_biosignal(csv, self.column, *clip_span(row, self.length))
+        return pain_spectrogram(values)
 
     def describe(self):
-        frames = sum(len(image_files(s[0], "img_")[0]) for s in self.samples)
+        frames = sum(len(image_files(folder, self.PREFIX)[0]) for folder in self.folders)
         classes = ", ".join(f"{name} {int((self.label == i).sum())}"
                             for i, name in enumerate(self.levels(self.outputs)))
         return (f"{len(set(self.group))} subjects, {len(self.samples)} samples, {frames} frames, "
                 f"classes {classes}")
 
 
-def clip_span(clip, length):
-    """Where clip 0..length-1 of a BioVid sample begins and ends, in seconds."""
-    seconds = (BioVid.END - BioVid.BEGIN) / length
-    return BioVid.BEGIN + clip * seconds, BioVid.BEGIN + (clip + 1) * seconds
+def clip_span(row, length):
+    """Where a row's clip begins and ends in a BioVid sample of `length` clips, in seconds."""
+    clip, seconds = row % length, (END - BEGIN) / length
+    return BEGIN + clip * seconds, BEGIN + (clip + 1) * seconds
 
 
 def expect_whole_videos(folders, where):
@@ -405,33 +422,33 @@ def expect_whole_videos(folders, where):
 
 
 def pain_frames(folder, begin, end, face_start=None):
-    """Names of BioVid.FRAMES equally spaced ones of the images from begin to end seconds.
+    """Names of PAIN_IMAGES equally spaced ones of the images from begin to end seconds.
 
     Image 1 lies at face_start, 0 s by default. A clip without an image takes the one of the
     sample's window that is nearest to its middle.
     """
     numbers, names = image_files(folder, "img_", first=face_start is None)
-    seconds = (face_start or 0) + (numbers - 1) / BioVid.VIDEO_FPS
-    window, clip = (np.flatnonzero((seconds >= a) & (seconds < b))
-                    for a, b in ((BioVid.BEGIN, BioVid.END), (begin, end)))
-    if len(window) == 0:
-        raise UserError(f"{folder}: no face img_<5 digits>.jpg between {BioVid.BEGIN:g} and "
-                        f"{BioVid.END:g} s; extract its crops again or remove the folder")
-    if len(clip) == 0:
-        clip = window[[np.abs(seconds[window] - (begin + end) / 2).argmin()]]
-    return names[clip[np.linspace(0, len(clip) - 1, BioVid.FRAMES).round().astype(int)]]
+    seconds = (face_start or 0) + (numbers - 1) / FPS
+    window = (seconds >= BEGIN) & (seconds < END)
+    names, seconds = names[window], seconds[window]
+    if not len(names):
+        raise UserError(f"{folder}: no face img_<5 digits>.jpg between {BEGIN:g} and {END:g} s; "
+                        "extract its crops again or remove the folder")
+    clip = np.flatnonzero((seconds >= begin) & (seconds < end))
+    if not len(clip):
+        clip = np.abs(seconds - (begin + end) / 2).argmin(keepdims=True)
+    return names[clip[np.linspace(0, len(clip) - 1, PAIN_IMAGES).round().astype(int)]]
 
 
 def read_biosignal(path, column, begin, end):
     """One column of a BioVid csv from `begin` s on, found by time: (end - begin) * 512 values."""
-    count, slack = round((end - begin) * BioVid.RATE), 2e6 / BioVid.RATE  # us: two rows
-    time, values = read_table(path, "\t", ["time", column]).T
-    rows = np.flatnonzero(time >= begin * 1e6)[:count]
-    time, values = time[rows], values[rows]
-    if (len(rows) < count or not np.isfinite(values).all() or not (time[1:] > time[:-1]).all()
-            or max(time[0] - begin * 1e6, abs(time[-1] - end * 1e6)) > slack):
+    count = round((end - begin) * SIGNAL_RATE)
+    table = read_table(path, "\t", ["time", column])
+    time, values = table[table[:, 0] >= begin * 1e6][:count].T
+    if (len(values) < count or not np.isfinite(values).all() or (np.diff(time) <= 0).any()
+            or max(time[0] - begin * 1e6, abs(time[-1] - end * 1e6)) > 2e6 / SIGNAL_RATE):  # 2 rows
         raise UserError(f"{path}: expected {count} finite values of {column} between {begin:g} and "
-                        f"{end:g} s, {BioVid.RATE} a second in rising time; extract it again or "
+                        f"{end:g} s, {SIGNAL_RATE} a second in rising time; extract it again or "
                         "remove the sample")
     return values
 
@@ -442,12 +459,14 @@ def pain_spectrogram(values):
     No detrending: an EDA response is slow, and removing each 31 ms segment's mean would remove it.
     [ours]
     """
-    _, _, power = spectrogram(values, fs=BioVid.RATE, nperseg=16, noverlap=4, nfft=132,
-                              detrend=False)
+    power = spectrogram(values, SIGNAL_RATE, nperseg=16, noverlap=4, nfft=132, detrend=False)[2]
     return torch.from_numpy(np.log(power + 1e-10)[None]).float()
 
 
-class Affwild2:
+CLIP, EVERY = 32, 4  # Affwild2: frames a clip, and which of them are shown
+
+
+class Affwild2(Source):
     """Affwild2 as ABAW distributes it for valence and arousal; privileged: audio. IV-A, IV-B2.
 
     root/cropped_aligned/<video>/00001.jpg ..., root/annotations/VA_Estimation_Challenge/
@@ -457,50 +476,54 @@ class Affwild2:
     its last frame's. frame_label (T, 2) and frame_row (T,) hold each labelled frame of the data set
     once, with the row whose prediction holds for it.
     """
-    task, outputs = "regression", 2
-    CLIP, EVERY, LENGTH = 32, 4, 8
+    task, outputs, PREFIX = "regression", 2, ""
+    SPLIT = {"Train_Set": "train", "Validation_Set": "test"}
 
-    def __init__(self, root, length=LENGTH, image_size=112, privileged=True):
-        self.path, self.length, self.image_size = Path(root), length, image_size
-        self.faults, self.fps = [], {}
-        crops, annotations = self._find_crops(), self._find_annotations()
-
-        sets = {}  # video: (annotation file, split)
-        for split, name in (("train", "Train_Set"), ("test", "Validation_Set")):
-            for path in sorted((annotations / name).glob("[!.]*.txt")):
-                if path.stem in sets:
-                    self.faults.append(f"{path}: is in Train_Set, too; a video belongs to one set: "
-                                       "remove one of the files")
-                sets[path.stem] = path, split
+    def __init__(self, root, length=8, image_size=112, privileged=True):
+        super().__init__(root, length, image_size)
+        self.fps, self.folders, annotations = {}, self._find_crops(), self._find_annotations()
+        files = self._find_files(annotations)
+        self.strays = [f"{folder}: crops without an annotation file in {annotations}; not used"
+                       for video, folder in self.folders.items() if video not in files]
+        for video in files:  # crops that are missing are named where they are looked for
+            self.folders.setdefault(video, self.path / "cropped_aligned" / video)
         with noting(self.faults):
-            self._read_fps({sound_name(video) for video in (*sets, *crops)})
-        self.strays = [f"{path}: crops without an annotation file in {annotations}; not used"
-                       for video, path in crops.items() if video not in sets]
+            self._read_fps()
 
-        self.folders, rows, frames = crops, [], []
-        for video, (path, split) in sets.items():
+        rows, frames = [], []
+        for video, path in files.items():
             with noting(self.faults):
-                folder = crops.setdefault(video, self.path / "cropped_aligned" / video)
                 label = read_annotation(path)
-                clips = affect_clips(folder, len(label))
+                clips = affect_clips(self.folders[video], len(label))
                 if privileged:
                     self._check_sound(video, len(label))
                 nearest = nearest_clip([end for end, _ in clips], len(label))
                 frames.append((label, len(rows) + nearest))
-                rows += [(video, split, end, images, label[end - 1]) for end, images in clips]
+                rows += [(video, f"{video}/{end:05d}", sound_name(video),
+                          self.SPLIT[path.parent.name], end, label[end - 1], images)
+                         for end, images in clips]
         if not rows:
             self.faults.append(f"{annotations}: nothing that can be used in Train_Set and "
                                f"Validation_Set; {AFFWILD2}")
             return
 
-        video, split, end, images, label = zip(*rows, strict=True)
-        self.video, self.split, self.end, self.images = map(np.array, (video, split, end, images))
-        self.name = np.array([f"{row[0]}/{row[2]:05d}" for row in rows])
-        self.group = np.array([sound_name(v) for v in video])
+        *columns, label, self.images = zip(*rows, strict=True)
+        self.video, self.name, self.group, self.split, self.end = map(np.array, columns)
         self.label = torch.from_numpy(np.stack(label))
         label, row = (torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
         known = label.isfinite().all(1)
         self.frame_label, self.frame_row = label[known], row[known]
+
+    def _find_files(self, annotations):
+        """{video: its annotation file}"""
+        files = {}
+        for part in self.SPLIT:
+            for path in sorted((annotations / part).glob("[!.]*.txt")):
+                if path.stem in files:
+                    self.faults.append(f"{path}: is in Train_Set, too; a video belongs to one set: "
+                                       "remove one of the files")
+                files[path.stem] = path
+        return files
 
     def _find_crops(self):
         """{video: folder of its images}; there are several archives, of one level or two."""
@@ -508,9 +531,8 @@ class Affwild2:
         crops = {}
         for path in sorted(path for level in ("*", "batch*/*", "cropped_aligned*/*")
                            for path in self.path.glob(f"cropped_aligned*/{level}")):
-            if not path.is_dir() or re.match(r"[._]|batch\d*$|cropped_aligned", path.name):
-                continue
-            if crops.setdefault(path.name, path) != path:
+            video = path.is_dir() and not re.match(r"[._]|batch\d*$|cropped_aligned", path.name)
+            if video and crops.setdefault(path.name, path) != path:
                 self.faults.append(f"{path}: the same video as {crops[path.name]}; keep one")
         return crops
 
@@ -525,9 +547,9 @@ class Affwild2:
                             f"{' and '.join(sets) or 'none'}; keep one there. {AFFWILD2}")
         return Path(sets[0])
 
-    def _read_fps(self, known):
+    def _read_fps(self):
         """Frame rates from fps.txt; a video's ending may be there, a rate be 30000/1001."""
-        path = self.path / "fps.txt"
+        path, known = self.path / "fps.txt", {sound_name(video) for video in self.folders}
         text = path.read_text("utf-8-sig", errors="replace") if path.exists() else ""
         for line in filter(str.strip, text.splitlines()):
             match = re.fullmatch(r"(.+?)(?:_left|_right)?(?:\.(?:mp4|avi|mov|mkv|webm))?"
@@ -550,22 +572,9 @@ class Affwild2:
     def rate(self, video):
         return self.fps.get(sound_name(video), 30)
 
-    def visual(self, row):
-        return read_frames(self.folders[self.video[row]], self.images[row], self.image_size)
-
     def privileged(self, row):
         video = self.video[row]
         return log_mel(read_sound(self.wav(video), self.end[row] / self.rate(video)))
-
-    def check(self):
-        """Every fault inside the files, and what lies there unused; see also `faults`."""
-        faults = list(self.strays)
-        for row in tqdm(range(len(self.name)), disable=None):
-            with noting(faults):
-                self.privileged(row)
-        for video in tqdm(dict.fromkeys(self.video), disable=None):
-            check_images(self.folders[video], "", faults)
-        return faults
 
     def describe(self):
         return ", ".join(f"{part}: {len(set(self.video[self.split == part]))} videos, "
@@ -575,7 +584,7 @@ class Affwild2:
 
 
 def affect_clips(folder, frames=None):
-    """Number of the last frame and names of the 8 images of each clip that has an image.
+    """Number of the last frame, and folder and names of the 8 images, of each clip with an image.
 
     frames: how many the video has, up to its last image if None. The nearest image of the clip
     stands in for a missing one.
@@ -584,23 +593,23 @@ def affect_clips(folder, frames=None):
     last = numbers.max(initial=0)
     frames, annotation = (last, "") if frames is None else (frames, f" of {folder.name}.txt")
     clips = []
-    for end in [*range(Affwild2.CLIP, frames, Affwild2.CLIP), frames]:
-        near = (numbers > end - Affwild2.CLIP) & (numbers <= end)
+    for end in [*range(CLIP, frames, CLIP), frames]:
+        near = (numbers > end - CLIP) & (numbers <= end)
         if near.any():
-            wanted = end - np.arange(Affwild2.CLIP - Affwild2.EVERY, -1, -Affwild2.EVERY)
-            gap = np.abs(numbers[near] - wanted[:, None])  # (8, images)
-            clips.append((end, names[near][gap.argmin(1)]))
-    if not clips or frames < Affwild2.CLIP or last > frames + 2:
+            wanted = np.arange(end - CLIP + EVERY, end + 1, EVERY)[:, None]
+            gap = np.abs(numbers[near] - wanted)  # (8, images)
+            clips.append((end, (folder, names[near][gap.argmin(1)])))
+    if not clips or frames < CLIP or last > frames + 2:
         raise UserError(f"{folder}: {len(names)} images <5 digits>.jpg up to number {last} do not "
-                        f"fit {frames} frames{annotation} ({Affwild2.CLIP} or more); extract it "
-                        "again, or remove it and its annotation")
+                        f"fit {frames} frames{annotation} ({CLIP} or more); extract it again, or "
+                        "remove it and its annotation")
     return clips
 
 
 def nearest_clip(ends, frames):
     """Which clip predicts each frame: the first that covers it, else (dropped) the nearest one."""
     ends = np.array(ends)
-    between = (ends[:-1] + ends[1:] - Affwild2.CLIP + 1) // 2
+    between = (ends[:-1] + ends[1:] - CLIP + 1) // 2
     return np.searchsorted(np.maximum(ends[:-1], between), np.arange(1, frames + 1))
 
 
@@ -624,8 +633,7 @@ def read_wav(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks of metadata
             rate, sound = wavfile.read(path, mmap=True)
-        kinds = (np.int16, np.int32, np.float32, np.float64)
-        if sound.size == 0 or sound.dtype not in kinds or not 1000 <= rate <= 200000:
+        if sound.size == 0 or sound.dtype == np.uint8 or not 1000 <= rate <= 200000:
             raise ValueError(f"{sound.size} samples of {sound.dtype} at {rate} Hz")
     except Exception as error:  # a damaged header makes scipy raise any of a dozen kinds
         raise UserError(f"{path}: missing or not a wav that can be used ({error}); make it with "
@@ -641,28 +649,27 @@ SOUND_RATE, SOUND_SAMPLES = 44100, 47040  # 1.067 s: a clip's 32 frames at 30 fp
 def read_sound(path, end):
     """The SOUND_SAMPLES mono float32 at 44.1 kHz that end at `end` s, zeros outside the file."""
     rate, sound = read_wav(path)
-    stop = round(end * rate)
-    start = stop - math.ceil(SOUND_SAMPLES * rate / SOUND_RATE)
-    piece = np.asarray(sound[max(start, 0):stop])
+    stop, count = round(end * rate), math.ceil(SOUND_SAMPLES * rate / SOUND_RATE)
+    piece = np.asarray(sound[max(stop - count, 0):stop])
     if piece.dtype.kind == "i":
         piece = piece / -float(np.iinfo(piece.dtype).min)
     if not (np.abs(piece) < 1e9).all():  # its power is a float32
         raise UserError(f"{path}: holds NaN or values beyond 1e9 before {end:.2f} s; make it again "
                         f"with ffmpeg -ac 1 -ar {SOUND_RATE}")
     piece = piece.mean(1) if piece.ndim == 2 else piece
-    piece = np.pad(piece, (max(-start, 0), stop - max(start, 0) - len(piece)))
-    divisor = math.gcd(rate, SOUND_RATE)
-    piece = resample_poly(piece, SOUND_RATE // divisor, rate // divisor)
-    return piece[-SOUND_SAMPLES:].astype(np.float32)
+    before = max(count - stop, 0)
+    piece = np.pad(piece, (before, count - before - len(piece)))
+    return resample_poly(piece, SOUND_RATE, rate)[-SOUND_SAMPLES:].astype(np.float32)
 
 
 @cache
 def mel_filters():
     """(64, 513) triangles of height 1, evenly spaced to rate / 2 in 2595 log10(1 + f / 700)."""
     top = SOUND_RATE / 2
-    corners = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + top / 700), 66) / 2595) - 1)  # Hz
-    frequencies = np.linspace(0, top, 513)
-    filters = [np.interp(frequencies, corners[i:i + 3], [0, 1, 0]) for i in range(64)]
+    mel = np.linspace(0, 2595 * np.log10(1 + top / 700), 64 + 2)
+    corners = 700 * (10 ** (mel / 2595) - 1)  # Hz
+    f = np.linspace(0, top, 513)
+    filters = [np.interp(f, corners, one_hot) for one_hot in np.eye(64 + 2)[1:-1]]
     return torch.from_numpy(np.stack(filters)).float()
 
 
@@ -674,7 +681,7 @@ def log_mel(sound):
     return db.clamp_min(db.max() - 80)[None]
 
 
-class Faces:
+class Faces(Source):
     """Face crops alone, for prediction: every folder with images in `folder`, itself included.
 
     Images are named as in the data set. `video` and `name` say what a row is of; `faults` has a
@@ -682,40 +689,35 @@ class Faces:
     """
 
     def __init__(self, folder, dataset, length, image_size, face_start=None):
-        self.path, self.length, self.image_size = Path(folder), length, image_size
-        folders = list(image_folders(self.path)) if self.path.is_dir() else []
+        super().__init__(folder, length, image_size)
+        folders = list(image_folders(self.path))
         if dataset != "affwild2" and face_start is None:
             expect_whole_videos(folders, folder)
 
-        self.faults, rows = [], []  # rows: (video, name, (folder, names of its images))
+        rows = []
         for one in folders:
             video = str(one.relative_to(self.path)) if one != self.path else one.resolve().name
             with noting(self.faults):
                 clips = affect_clips(one) if dataset == "affwild2" else [
-                    (clip, pain_frames(one, *clip_span(clip, length), face_start))
+                    (clip, (one, pain_frames(one, *clip_span(clip, length), face_start)))
                     for clip in range(length)]
-                rows += [(video, f"{video}/{number:05d}", (one, names)) for number, names in clips]
+                rows += [(video, f"{video}/{number:05d}", images) for number, images in clips]
         if not rows:
             raise UserError((self.faults or [f"{folder}: no images there; expected face crops (jpg "
                                              f"or png), named as in {dataset}"])[0])
-        video, name, self.images = zip(*rows, strict=True)
-        self.video, self.name = np.array(video), np.array(name)
-
-    def visual(self, row):
-        return read_frames(*self.images[row], self.image_size)
+        *columns, self.images = zip(*rows, strict=True)
+        self.video, self.name = map(np.array, columns)
 
 
 def image_folders(folder, above=()):
     """The folder and those below it that hold images of any kind or name; links are followed."""
-    real = folder.resolve()
-    if real in above:  # a link to a folder that it lies in
+    if not folder.is_dir() or (real := folder.resolve()) in above:  # it lies in what it links to
         return
     inside = sorted(p for p in folder.iterdir() if not re.match(r"\.|__MACOSX", p.name))
     if any(re.search(r"\.(jpe?g|png|bmp|gif|tiff?|webp)$", p.name, re.I) for p in inside):
         yield folder
     for path in inside:
-        if path.is_dir():
-            yield from image_folders(path, (*above, real))
+        yield from image_folders(path, (*above, real))
 
 
 class Features:
@@ -729,54 +731,51 @@ class Features:
     if None. Raises UserError for whatever does not fit.
     """
 
-    faults = ()
+    faults, split = (), None
 
     def __init__(self, path, length=None, privileged=True, labelled=True):
         self.path, self.rows = Path(path), {}
-        modalities = ("visual", "privileged") if privileged else ("visual",)
-        needed = (*modalities, "label") if labelled else modalities
-        arrays = read_arrays(path, needed, () if privileged else ("privileged",))
+        needed = {"visual": True, "privileged": privileged, "label": labelled}
+        arrays = read_arrays(path, needed)
         count, clips = (*arrays["visual"].shape, 0, 0)[:2]
-        for key in modalities:
+        for key in ("visual", "privileged") if privileged else ("visual",):
             array = arrays[key]
-            if (array.dtype.kind != "f" or array.ndim != 3 or array.shape[:2] != (count, clips)
-                    or array.size == 0 or not float(np.abs(array).max()) < 3e38):
+            if not fits(array, "f", (count, clips, *array.shape[-1:])):
                 raise UserError(f"{path}: {key} is {array.dtype} {array.shape}, or holds NaN or "
                                 f"infinity; {FEATURES}, finite float32")
             self.rows[key] = torch.from_numpy(array.astype(np.float32)).flatten(0, 1)
 
-        arrays = dict.fromkeys(("group", "video", "name"), np.arange(count)) | arrays
-        self.split = None
-        for key in sorted({"group", "video", "name", "split"} & arrays.keys()):
-            array = arrays[key]
-            if array.shape != (count,) or array.dtype.kind not in "Uiu":
-                raise UserError(f"{path}: {key} is {array.dtype} {array.shape}, expected text or "
-                                f"whole numbers ({count},): write it with .astype(str)")
-            setattr(self, key, np.repeat(array, clips))
-        self.length, self.name = length or clips, self.name.astype(str)
-        if len(np.unique(self.name)) < count:  # an evaluation finds its samples by name
-            raise UserError(f"{path}: name holds the same one twice; number them")
+        self.length = length or clips
         self.backbones = str(arrays.get("backbones", ""))  # whose features they are, from stage 2
-        if self.split is not None:
-            self._check_split()
-        if clips > 1 and len(np.unique(self.video)) < count:
-            raise UserError(f"{path}: video joins samples of {clips} clips; write one clip a "
-                            "sample, (N, 1, D), or leave video out")
-
+        self._read_names(arrays, count, clips)
         if labelled:
-            self.label = torch.from_numpy(self._read_label(arrays["label"], count, clips))
+            self._read_label(arrays["label"], count, clips)
         if self.backbones and "frame_row" in arrays:
             row, label = arrays["frame_row"], arrays.get("frame_label", np.zeros(0))
-            whole = (row.dtype == int and label.dtype == np.float32 and label.shape == (len(row), 2)
-                     and np.isin(row, np.arange(count * clips)).all() and np.isfinite(label).all())
-            if not whole:
+            if not (fits(row, "i", (row.size,)) and fits(label, "f", (row.size, 2))
+                    and np.isin(row, np.arange(count * clips)).all()):
                 raise UserError(f"{path}: frame_row and frame_label are damaged; delete the file")
-            self.frame_row, self.frame_label = torch.from_numpy(row), torch.from_numpy(label)
-        elif labelled:
-            self.frame_row = self.label.isfinite().view(len(self.label), -1).all(1).nonzero()[:, 0]
-            self.frame_label = self.label[self.frame_row]
+            self.frame_row = torch.from_numpy(row.astype(np.int64))
+            self.frame_label = torch.from_numpy(label.astype(np.float32))
 
-    def _check_split(self):
+    def _read_names(self, arrays, count, clips):
+        """Sets group, name, video and split, (N * L,) each."""
+        arrays = dict.fromkeys(("group", "name", "video"), np.arange(count)) | arrays
+        for key in sorted({"group", "name", "split", "video"} & arrays.keys()):
+            array = arrays[key]
+            if not fits(array, "Uiu", (count,)):
+                raise UserError(f"{self.path}: {key} is {array.dtype} {array.shape}, expected text "
+                                f"or whole numbers ({count},): write it with .astype(str)")
+            setattr(self, key, array.repeat(clips))
+        self.name = self.name.astype(str)
+        if len(np.unique(self.name)) < count:  # an evaluation finds its samples by name
+            raise UserError(f"{self.path}: name holds the same one twice; number them")
+        if clips > 1 and len(np.unique(self.video)) < count:
+            raise UserError(f"{self.path}: video joins samples of {clips} clips; write one clip a "
+                            "sample, (N, 1, D), or leave video out")
+        if self.split is None:
+            return
+
         if not set(self.split) <= {"train", "test"}:
             raise UserError(f"{self.path}: split holds {str(set(self.split))[:60]}; expected train "
                             "and test")
@@ -785,17 +784,17 @@ class Features:
             raise UserError(f"{self.path}: group {both[0]} is in both splits; give it to one")
 
     def _read_label(self, label, count, clips):
-        """Sets task and outputs; a label for each row, (N * L,) or (N * L, 2)."""
+        """Sets task, outputs and a label for each row, (N * L,) or (N * L, 2)."""
         if label.dtype.kind in "iu" and label.shape == (count,):
-            self.task, self.outputs = "classification", int(label.max()) + 1
-            found = np.unique(label[label != -1])
-            if self.outputs < 2 or len(found) < self.outputs or found[0] < 0:
-                raise UserError(f"{self.path}: the classes are {found.tolist()[:9]}; number two or "
-                                "more from 0 on, leaving none out, and write -1 for no label")
-            return np.repeat(label.astype(np.int64), clips)
+            classes = np.unique(label[label != -1])
+            if len(classes) < 2 or (classes != np.arange(len(classes))).any():
+                raise UserError(f"{self.path}: the classes are {classes.tolist()[:9]}; number two "
+                                "or more from 0 on, leaving none out, and write -1 for no label")
+            self.task, self.outputs = "classification", len(classes)
+            self.label = torch.from_numpy(label.astype(np.int64).repeat(clips))
+            return
 
-        if (label.dtype.kind != "f" or label.shape not in ((count, 2), (count, clips, 2))
-                or not np.isfinite(label).all()):
+        if not fits(label, "f", (count, 2), (count, clips, 2)):
             raise UserError(f"{self.path}: label is {label.dtype} {label.shape} or holds NaN; "
                             f"expected int ({count},), -1 for none, or float ({count}, 2) or "
                             f"({count}, {clips}, 2), -5 for none")
@@ -803,10 +802,11 @@ class Features:
             raise UserError(f"{self.path}: label holds 0 and 1 alone, no valence and arousal; "
                             "write classes as label.argmax(1)")
         self.task, self.outputs = "regression", 2
-        label = label.reshape(count, -1, 2).astype(np.float32)
-        label = np.broadcast_to(label, (count, clips, 2)).reshape(-1, 2).copy()
-        label[(label == INVALID).any(1)] = NO_LABEL
-        return label
+        label = torch.from_numpy(label.astype(np.float32)).reshape(count, -1, 2)
+        label = label.expand(count, clips, 2).flatten(0, 1)
+        self.label = label.where((label != INVALID).all(1, True), NO_LABEL)
+        self.frame_row = self.label.isfinite().all(1).nonzero()[:, 0]
+        self.frame_label = self.label[self.frame_row]
 
     def visual(self, row):
         return self.rows["visual"][row]
@@ -824,13 +824,20 @@ class Features:
                 f"{len(set(self.group))} groups, {widths}")
 
 
-def read_arrays(path, needed, skip):
-    """The arrays of an .npz file but those to skip; nothing that is pickled is ever opened."""
+def fits(array, kinds, *shapes):
+    """Whether an array is of one of these kinds and shapes, not empty, and finite as float32."""
+    return (array.dtype.kind in kinds and array.shape in shapes and array.size > 0
+            and ("U" in kinds or float(np.abs(array).max()) < 3e38))
+
+
+def read_arrays(path, needed):
+    """The arrays of an .npz file but those that are not needed; nothing pickled is ever opened."""
     arrays, key = {}, "file"
     try:
         with np.load(path, allow_pickle=False) as file:
-            for key in sorted({*needed, *file.files} - {*skip}):
-                arrays[key] = file[key]
+            for key in sorted({*needed, *file.files}):
+                if needed.get(key, True):
+                    arrays[key] = file[key]
     except Exception:  # zip, zlib, numpy's header parser: each has errors of its own
         raise UserError(f"{path}: {key!r} is missing, damaged, or of Python objects: then write it "
                         f"with .astype(str), or .astype(np.float32); {FEATURES}") from None
@@ -839,15 +846,14 @@ def read_arrays(path, needed, skip):
 
 def save_features(path, arrays):
     """Write a features file; in the file a missing valence/arousal label is -5, never NaN."""
-    label = np.nan_to_num(arrays["label"], nan=INVALID)
+    arrays = arrays | {"label": np.nan_to_num(arrays["label"], nan=INVALID)}
     with replacing(path) as part:
-        np.savez(part, **{**arrays, "label": label})
+        np.savez(part, **arrays)
 
 
 @contextmanager
 def replacing(path):
-    """A hidden path beside `path`, with its ending, for a file or a folder: renamed to it when all
-    is written, removed on any failure. What a killed process leaves is no sample and no result."""
+    """A hidden path beside `path`, with its ending: renamed to it, or removed on any failure."""
     path = Path(path)
     part = path.with_name(f".{path.stem}.tmp{path.suffix}")
 
@@ -855,7 +861,7 @@ def replacing(path):
         shutil.rmtree(part, ignore_errors=True)
         part.unlink(missing_ok=True)
 
-    clear()
+    clear()  # what a killed process left
     try:
         yield part
         os.replace(part, path)
@@ -876,7 +882,7 @@ def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileg
     if dataset == "features":
         return Features(root, privileged=privileged)
     if dataset == "affwild2":
-        source = Affwild2(root, length or Affwild2.LENGTH, image_size, privileged)
+        source = Affwild2(root, length or 8, image_size, privileged)
     else:
         source = BioVid(root, dataset, classes, length or 1, image_size, privileged, face_start)
     if source.faults and strict:
@@ -916,24 +922,24 @@ def draw_faces(identity, brow, eye, mouth, smile):
 
     Expressions (T,) in about [-1, 1]: brow lowering, eye opening, mouth opening, smile.
     """
-    brow, eye, mouth, smile = (x.astype(np.float32)[:, None, None]
-                               for x in (brow, eye, mouth, smile))
-    y, x = np.mgrid[-1:1:FACE * 1j, -1:1:FACE * 1j].astype(np.float32)
+    brow, eye, mouth, smile = np.float32([brow, eye, mouth, smile])[..., None, None]  # (T, 1, 1)
+    axis = np.linspace(-1, 1, FACE, dtype=np.float32)
+    y, x = axis[:, None], np.abs(axis)  # the right half is the left one's mirror image
 
-    def blob(cx, cy, rx, ry, edge=4):
-        return (edge * (1 - ((x - cx) / rx) ** 2 - ((y - cy) / ry) ** 2)).clip(0, 1)
+    def blob(cx, cy, rx, ry):
+        return (4 * (1 - ((x - cx) / rx) ** 2 - ((y - cy) / ry) ** 2)).clip(0, 1)
 
     width, height, apart, low, wide, *tone = identity
     oval = blob(0, 0, 0.75 + 0.1 * width, 0.92 + 0.06 * height)
-    shape = np.broadcast_to(oval, (len(brow), FACE, FACE))
     curve = smile.clip(-1, 1) * 1.5 * (0.03 - x**2)  # raises the mouth's corners
-    dark = [blob(0, 0.45 + 0.05 * low + curve, 0.3 + 0.05 * wide, (0.1 + 0.09 * mouth).clip(0.03))]
-    for cx in (-0.33 - 0.05 * apart, 0.33 + 0.05 * apart):
-        dark.append(blob(cx, -0.22, 0.17, 0.07 + 0.045 * eye.clip(-1, 1)))
-        dark.append(0.8 * blob(cx, -0.52 + 0.03 * low + 0.1 * brow, 0.22, 0.06))
+    lips = blob(0, 0.45 + 0.05 * low + curve, 0.3 + 0.05 * wide, (0.1 + 0.09 * mouth).clip(0.03))
+    side = 0.33 + 0.05 * apart
+    eyes = blob(side, -0.22, 0.17, 0.07 + 0.045 * eye.clip(-1, 1))
+    brows = 0.8 * blob(side, -0.52 + 0.03 * low + 0.1 * brow, 0.22, 0.06)
+    dark = np.maximum(np.maximum(lips, eyes), brows)[..., None]  # (T, FACE, FACE, 1)
     skin = np.array([205, 160, 130]) + 30 * np.array(tone)
-    image = 70 + shape[..., None] * (skin - 70)
-    return (image * (1 - 0.75 * np.maximum.reduce(dark)[..., None])).clip(0, 255).astype(np.uint8)
+    image = 70 + oval[..., None] * (skin - 70)
+    return (image * (1 - 0.75 * dark)).clip(0, 255).astype(np.uint8)
 
 
 def write_jpegs(folder, pattern, faces, keep, scale=1):
@@ -957,7 +963,7 @@ def write_biovid(dataset, root, rng):
             level = n % 5
             sample = f"{subject}-{BioVid.LEVELS[level]}-{n + 81:03d}"
             hidden = reactive * level / 4
-            t = np.arange(138) / BioVid.VIDEO_FPS
+            t = np.arange(138) / FPS
             onset = (t / 1.5).clip(0, 1)
             shown = onset * (hidden + noise_v * rng.normal()) + 0.05 * rng.normal(size=t.size)
             keep = np.ones(t.size, bool)
@@ -968,7 +974,7 @@ def write_biovid(dataset, root, rng):
             write_jpegs(root / "faces" / subject / sample, "img_{:05d}.jpg", faces, keep)
 
             rows = 2816 + n % 2
-            t = np.arange(rows) / BioVid.RATE
+            t = np.arange(rows) / SIGNAL_RATE
             felt = (hidden + noise_p * rng.normal()) * (t / 1.5).clip(0, 1)
             tension = 3 * gain * np.exp(0.9 * felt)  # a muscle's noise has the power of its effort
             noise = rng.normal(size=(rows, 4))
@@ -990,39 +996,41 @@ def write_affwild2(dataset, root, rng):
     labels, audio = root / "annotations" / "VA_Estimation_Challenge", root / "audio"
     for folder in (labels / "Train_Set", labels / "Validation_Set", audio):
         folder.mkdir(parents=True)
-    videos = [(f"video{i}", "Train_Set" if i < 24 else "Validation_Set") for i in range(VIDEOS)]
-    videos[3:4] = [("video3_left", "Train_Set"), ("video3_right", "Train_Set")]
+    videos = [f"video{i}" for i in range(VIDEOS)]
+    videos[3:4] = "video3_left", "video3_right"
     (root / "fps.txt").write_text("video5 25\n")
-    for n, (video, part) in enumerate(tqdm(videos, disable=None)):
+    for n, video in enumerate(tqdm(videos, disable=None)):
+        part = "Train_Set" if n < 25 else "Validation_Set"
         fps = 25 if video == "video5" else 30
-        frames = 550 if video.startswith("video3_") else int(rng.integers(400, 700))
+        frames = 550 if video.startswith("video3_") else rng.integers(400, 700)
         # valence and arousal: their course, and how face and voice show them
         hidden = np.stack([0.25 * rng.normal() + 0.35 * _wander(rng, frames) for _ in "va"])
-        shown, heard = (hidden / 0.4 + noise / 0.4 * np.stack([_wander(rng, frames) for _ in "va"])
-                        for noise in NOISE[dataset])
+        (valence, arousal), heard = (
+            hidden / 0.4 + noise / 0.4 * np.stack([_wander(rng, frames) for _ in "va"])
+            for noise in NOISE[dataset])
 
         keep = np.ones(frames, bool)
         lost = rng.integers(0, frames - 60)
         keep[lost:lost + rng.integers(5, 50)] = False
-        faces = draw_faces(rng.uniform(-1, 1, 8), -0.5 * shown[1], 0.6 * shown[1], 0.4 * shown[1],
-                           0.6 * shown[0])
+        faces = draw_faces(rng.uniform(-1, 1, 8), -0.5 * arousal, 0.6 * arousal, 0.4 * arousal,
+                           0.6 * valence)
         write_jpegs(root / "cropped_aligned" / video, "{:05d}.jpg", faces, keep, scale=2)
 
         table = hidden.T.clip(-1, 1)
         lost = rng.integers(0, frames - 100)
         table[lost:lost + 40, n % 2] = -5  # a stretch that nobody could label
-        rows = frames + n % 3 - 1  # one row more or less than there are frames
-        table = np.pad(table, ((0, 1), (0, 0)), "edge")[:rows]
+        rows = np.arange(frames + n % 3 - 1)  # one more or less than there are frames
+        table = table[rows.clip(max=frames - 1)]
         np.savetxt(labels / part / f"{video}.txt", table, fmt="%.3f", delimiter=",",
                    header="valence,arousal", comments="")
 
         if not video.endswith("_right"):  # the pair's sound is the left one's
             t = np.arange(int((frames + 1) / fps * SOUND_RATE)) / SOUND_RATE
-            at = np.arange(frames) / fps
-            pitch = rng.uniform(110, 220) * 2 ** (0.3 * np.interp(t, at, heard[0]))
+            high, loud = (np.interp(t, np.arange(frames) / fps, course) for course in heard)
+            pitch = rng.uniform(110, 220) * 2 ** (0.3 * high)
             tone = np.sin(2 * np.pi * np.cumsum(pitch) / SOUND_RATE)
-            loud = 0.03 * np.exp(0.7 * np.interp(t, at, heard[1]).clip(-3, 3))
-            sound = loud * (tone + 0.5 * tone**3) + 0.003 * rng.normal(size=t.size)
+            volume = 0.03 * np.exp(0.7 * loud.clip(-3, 3))
+            sound = volume * (tone + 0.5 * tone**3) + 0.003 * rng.normal(size=t.size)
             wavfile.write(audio / f"{sound_name(video)}.wav", SOUND_RATE,
                           (sound.clip(-1, 1) * 32767).astype(np.int16))
 
@@ -1067,8 +1075,9 @@ def face_detector(file):
 
 def largest_face(faces):
     """The largest of a detector's faces, as a square with a margin."""
-    largest = max(() if faces is None else faces, key=lambda face: face[2], default=[np.nan] * 8)
-    x, y, w, h, x1, y1, x2, y2 = [*largest, 0, 0, 1, 0][:8]  # Haar gives no eyes: level ones
+    faces = () if faces is None else faces
+    x, y, w, h, *eyes = max(faces, key=lambda face: face[2], default=[np.nan] * 8)
+    x1, y1, x2, y2 = eyes[:4] or (0, 0, 1, 0)  # Haar gives no eyes: level ones
     return [x + w / 2, y + h / 2, MARGIN * max(w, h), math.degrees(math.atan2(y2 - y1, x2 - x1))]
 
 
@@ -1077,7 +1086,8 @@ def smooth_faces(faces):
 
     A gap of one is filled from both sides, then each number is its median over half a second.
     """
-    faces[1:-1] = np.where(np.isnan(faces[1:-1]), (faces[:-2] + faces[2:]) / 2, faces[1:-1])
+    between = (faces[:-2] + faces[2:]) / 2
+    np.copyto(faces[1:-1], between, where=np.isnan(faces[1:-1]))
     seen = np.flatnonzero(faces[:, 2] > 0)
     return {i: np.nanmedian(faces[max(i - 6, 0):i + 7], axis=0) for i in seen}
 
@@ -1089,8 +1099,9 @@ def video_frames(path):
     """
     import cv2
     video = cv2.VideoCapture(str(path))
-    step = 1 / (video.get(cv2.CAP_PROP_FPS) or BioVid.VIDEO_FPS)
-    count, shown, time, more, frame = 0, 0, 0, *video.read()
+    step = 1 / (video.get(cv2.CAP_PROP_FPS) or FPS)
+    count = shown = time = 0
+    more, frame = video.read()
     while more:
         scale = min(1, FRAME / max(frame.shape))
         frame = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
@@ -1099,7 +1110,7 @@ def video_frames(path):
         later = stamp if more and 0 < stamp - time < 10 else time + step
 
         # From half-way on the following frame is nearer; the last one has half a step.
-        while shown < BioVid.VIDEO_FPS * (time + later) / 2:
+        while shown < FPS * (time + later) / 2:
             yield frame
             shown += 1
         frame, time, count = following, later, count + 1
@@ -1126,8 +1137,7 @@ def crop_video(job):
     except UserError as error:
         return 0, 0, str(error)
 
-    # what cannot be written ends all of it: other videos would fare no better
-    with replacing(target) as part:
+    with replacing(target) as part:  # a full disk ends the whole run
         part.mkdir(parents=True)
         for i, frame in enumerate(video_frames(video)):
             if i in smooth:
@@ -1152,12 +1162,12 @@ def crop_videos(videos, root, detector, workers):
     if not paths:
         raise UserError(f"{videos}: no mp4, avi or mov; expected one or a folder of them")
     strays = [path for path in paths if not re.fullmatch(SAMPLE, path.stem)]
-    if strays and (any(root.glob("biosignals_*")) or len(strays) < len(paths)):
+    if strays and (any(root.glob("biosignals_*")) or strays != paths):
         raise UserError(f"{strays[0]}: expected a name like 071309_w_21-BL1-081; move or rename it")
 
     jobs = []
     for path in paths:
-        folder = path.relative_to(videos).parent if strays else path.stem.split("-")[0]
+        folder = path.relative_to(videos).parent if strays else path.stem[:11]
         jobs.append((path, root / "faces" / folder / path.stem, detector))
     todo = [job for job in jobs if not job[1].is_dir()]
     workers = max(0, min(workers, len(todo)))
@@ -1199,12 +1209,12 @@ def main():
         return crop_videos(args.crop, Path(args.root), args.detector, args.workers)
     root = args.root or f"data/{args.check}"
     source = open_dataset(args.check, root, 5, face_start=args.face_start, strict=False)
-    faults = list(source.faults)
+    faults = [*source.faults]
     if hasattr(source, "label"):
         print(source.describe())
         faults += source.check()
-    faults = list(dict.fromkeys(faults))  # a file of many clips is one fault
-    print("\n".join([*faults, f"{len(faults)} faults"]))
+    faults = dict.fromkeys(faults)  # a file of many clips is one fault
+    print(*faults, f"{len(faults)} faults", sep="\n")
     if faults:
         sys.exit(2)
 
