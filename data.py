@@ -1169,6 +1169,9 @@ def crop_videos(videos, root, detector, workers):
     for path in paths:
         folder = path.relative_to(videos).parent if strays else path.stem[:11]
         jobs.append((path, root / "faces" / folder / path.stem, detector))
+    targets = [target for _, target, _ in jobs]
+    if len(set(targets)) < len(targets):
+        raise UserError(f"{max(targets, key=targets.count)}: two videos of this name; remove one")
     todo = [job for job in jobs if not job[1].is_dir()]
     workers = max(0, min(workers, len(todo)))
     loader = DataLoader(todo, None, num_workers=workers, collate_fn=crop_video)

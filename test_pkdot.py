@@ -3545,6 +3545,15 @@ def test_crop_finds_videos_however_they_lie(tmp_path, monkeypatch, cv2):
     assert samples == {f"{name[:11]}/{name}" for name in (flat, nested, upper)}
 
 
+def test_two_videos_of_one_name_are_refused(tmp_path, monkeypatch, capsys, cv2):
+    monkeypatch.setattr(data, "face_detector", lambda file: gray_finder)
+    for folder in ("v", "v/copy"):
+        (tmp_path / folder).mkdir()
+        film(cv2, tmp_path / folder / f"{NAME}.mp4")
+    assert crop(f"{tmp_path / 'v'} --root {tmp_path} --workers 0") == 2
+    assert re.fullmatch(f"error: .*{NAME}: two videos of this name; remove one\n", capsys.readouterr().err)
+
+
 def test_crop_takes_videos_of_ones_own(tmp_path, monkeypatch, cv2):
     monkeypatch.setattr(data, "face_detector", lambda file: gray_finder)
     me = film(cv2, tmp_path / "me.mp4")
