@@ -833,6 +833,8 @@ def fits(array, kinds, *shapes):
 def read_arrays(path, needed):
     """The arrays of an .npz file but those that are not needed; nothing pickled is ever opened."""
     arrays, key = {}, "file"
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; {FEATURES}")
     try:
         with np.load(path, allow_pickle=False) as file:
             for key in sorted({*needed, *file.files}):

@@ -3043,6 +3043,11 @@ def test_the_interval_over_five_folds_is_nadeau_and_bengios():
     (train_student, "--out {views} --folds clips", ["--folds", "train_teacher.py"]),
     (train_student, "--out {views} --lambda 0.1 0.4", ["--lambda", "--table"]),
     (train_student, "--out {views} --lambda", ["--lambda"]),
+    (train_student, "--out {views} --root {other}", ["is a teacher of {good}, not of {other}"]),
+    (train_student, "--out {views} --root {other} --finetune", ["{other}", "not those that the teacher was trained on"]),
+    (train_student, "--out {views} --student {good}", ["--student is for --predict"]),
+    (train_student, "--out {views} --seeds 2", ["--seeds", "--table"]),
+    (train_teacher, "--dataset features --root {out}/no.npz", ["{out}/no.npz: no such file"]),
     (train_student, "--out {views} --figure 5 --lambda 0.1 0.4 --dataset features --root {good}", ["--lambda", "one"]),
     (train_student, "--table 5 --dataset features --root {good} --labelled 3 --out {out}", ["{good}", "from 4"]),
     (train_student, "--table 5 --dataset features --root {good} --labelled 900 --out {out}", ["{good}", "to 168"])])
@@ -3053,6 +3058,8 @@ def test_labels_and_lambdas_that_do_not_fit_are_one_line(script, line, named, tw
             ("below", part == "test", -2), ("hidden", part != "", -1), ("untold", part == "train", -1)):
         files[name] = tmp_path / f"{name}.npz"
         np.savez(files[name], **arrays | {"label": np.where(where, value, arrays["label"])})
+    files["other"] = tmp_path / "other.npz"
+    np.savez(files["other"], **arrays | {"visual": arrays["visual"] + 1})
     assert call(script, f"{line} --device cpu".format(**files)) == 2
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1 and "Traceback" not in shown
@@ -3543,6 +3550,16 @@ def test_crop_finds_videos_however_they_lie(tmp_path, monkeypatch, cv2):
     assert crop(f"{tmp_path / 'v'} --root {tmp_path} --workers 0") == 0
     samples = {str(path.relative_to(tmp_path / "faces")) for path in (tmp_path / "faces").glob("*/*")}
     assert samples == {f"{name[:11]}/{name}" for name in (flat, nested, upper)}
+
+
+def test_a_class_without_a_sample_is_refused_before_training(stand_in, tmp_path, capsys):
+    shutil.copytree(stand_in, tmp_path / "pain")
+    for folder in (tmp_path / "pain" / "faces").glob("*/*-PA4-*"):
+        shutil.rmtree(folder)
+    assert call(train_teacher, f"--dataset biovid_b --root {tmp_path}/pain --device cpu --out {tmp_path}/out") == 2
+    shown = capsys.readouterr()
+    assert re.fullmatch(f"error: {tmp_path}/pain: no sample of class 1 of 0 to 1; .*\n", shown.err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_videos_of_one_name_are_refused(tmp_path, monkeypatch, capsys, cv2):

@@ -205,12 +205,12 @@ def what_the_student_sees(features, settings, args):
     privileged = features.rows["privileged"] if args.hallucinate == "oracle" else None
     if not args.finetune:
         return features.rows["visual"], privileged
-    source = open_faces(settings, args)
-    first = data.windows(features.video, features.length)[0][:, 0].numpy()  # it names a sample
-    if len(source.name) != len(features.name) or (source.name[first] != features.name[first]).any():
-        raise UserError(f"{source.path}: its clips are no longer those of the teacher's features; "
-                        "train the teacher again, or give the --root it was trained on")
-    if settings["dataset"] == "features":
+    file = settings["dataset"] == "features"
+    source = data.Features(args.root or settings["root"]) if file else open_faces(settings, args)
+    if train_teacher.digest(source) != settings["data"]:
+        raise UserError(f"{source.path}: its samples are not those that the teacher was trained "
+                        "on; train the teacher again, or give the --root it was trained on")
+    if file:
         return source.rows["visual"].to(args.device), privileged
     return source, privileged
 
@@ -1096,6 +1096,9 @@ def distil_folds(args):
     if args.labelled or args.folds:
         raise UserError("--labelled and --folds are a teacher's: give them to train_teacher.py, "
                         "and the student follows its teacher")
+    if args.seeds > 1 or args.fresh or args.student:
+        raise UserError("--seeds and --fresh are for --table and --figure, --student is for "
+                        "--predict; leave them out")
     args = one_lambda(args)
     paths = siblings(args.teacher or newest_teacher(args), args.fold)
     together = len(paths) == 1 and args.finetune
@@ -1103,6 +1106,9 @@ def distil_folds(args):
     for path in paths if together else train_teacher.deal_out(paths, "students", args):
         teacher = open_teacher(path)
         settings, found = teacher["settings"], teacher["scores"]
+        if args.root and not args.finetune and str(Path(args.root)) != settings["root"]:
+            raise UserError(f"{path}: is a teacher of {settings['root']}, not of {args.root}; "
+                            "train one on it, or leave --root out")
         if args.rank == 0 or not together:
             train_teacher.start_log(path.parent, settings)
         print(f"{path}, test: visual only {show(found['visual'])}, "

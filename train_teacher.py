@@ -373,7 +373,7 @@ def restore_progress(path, settings, model, optimizer):
 
 
 def same_settings(state, settings, path):
-    for key in settings.keys() | state["settings"].keys():
+    for key in dict.fromkeys(("root", "data", *settings, *state["settings"])):
         old, new = state["settings"].get(key), settings.get(key)
         if old != new:
             again = ", or train again without --resume" if key != "root" else ""
@@ -427,9 +427,19 @@ def make_settings(dataset, root=None, synthetic=False, **given):
                     outputs=source.outputs, length=source.length)
     if dataset == "features":
         settings.update((f"{m}_dim", source.rows[m].shape[1]) for m in ("visual", "privileged"))
-    rows = getattr(source, "rows", {})
-    settings["data"] = fingerprint({"label": source.label, "name": source.name, **rows})
+    if source.task == "classification":
+        absent = sorted(set(range(source.outputs)) - set(source.label.tolist()))
+        if absent:
+            raise UserError(f"{root}: no sample of class {absent[0]} of 0 to {source.outputs - 1}; "
+                            "add some, or take fewer with --classes")
+    settings["data"] = digest(source)
     return settings, source
+
+
+def digest(source):
+    """Identifies a data set: its labels, its names and the rows of a features file."""
+    rows = getattr(source, "rows", {})
+    return fingerprint({"label": source.label, "name": source.name, **rows})
 
 
 VARIANT = {  # what makes another teacher, and its part of the folder's name
