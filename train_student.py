@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -43,14 +44,32 @@ from pkdot import (
     rkd_loss,
     task_loss,
 )
-from train_teacher import append_line, bar, fingerprint, load, score, show, with_flags
+from train_teacher import (
+    append_line,
+    bar,
+    clip_loader,
+    criterion,
+    dealt,
+    fingerprint,
+    fold_of,
+    heading,
+    load,
+    make_head,
+    result_line,
+    score,
+    seed_all,
+    show,
+    snapshot,
+    with_flags,
+)
+
+EPOCHS, STAND_IN_EPOCHS = 20, 50  # the release's; a stand-in's epochs are of few steps
 
 # What lambda weighs in Eq. 9, of the student's and the teacher's Fused of a batch.
 # To add a baseline: write its loss in pkdot.py, and a line here.
 METHODS = {
     "pkdot": lambda s, t, args: pkdot_loss(  # Eq. 1-6
-        s.z, t.z, min(args.k, len(s.z)), args.epsilon, args.debias, args.anchors, args.shared,
-        args.transport),
+        s.z, t.z, args.k, args.epsilon, args.debias, args.anchors, args.shared, args.transport),
     "cosine": lambda s, t, args: cosine_loss(s.z, t.z),
     "mse": lambda s, t, args: mse_loss(s.z, t.z),
     "kl": lambda s, t, args: kl_loss(s.output, t.output),
@@ -68,9 +87,11 @@ def distil(teacher, args, keep_student=True, watch=None):
     # prepare: the teacher's answers to all windows, the student, what it sees
     begin, run, device = time.time(), teacher["path"].parent, args.device
     choice, settings = identity(args, teacher), teacher["settings"]
-    saved_as = {**settings, **{f"student_{key}": value for key, value in choice.items()}}
-    finished, progress = (run / f"student-{args.method}.{end}" for end in ("pt", "progress"))
-    if args.resume and keep_student and finished.exists():
+    saved_as = settings | {f"student_{key}": value for key, value in choice.items()}
+    finished = run / f"student-{args.method}.pt"
+    progress = finished.with_suffix(".progress")
+    resume = args.resume and keep_student
+    if resume and finished.exists():
         done = load(finished, "student")
         if done["settings"] == saved_as:
             print(f"{finished} is finished")
@@ -80,22 +101,23 @@ def distil(teacher, args, keep_student=True, watch=None):
                         "has none; choose another method")
 
     features = open_features(teacher, device)
-    fold = train_teacher.fold_of(features, settings, dense=True)
-    samples = len(fold.train.index)
-    b = min(args.batch_size, samples)
+    fold = fold_of(features, settings, dense=True)
+    index = fold.train.index
+    samples, b = len(index), min(args.batch_size, len(index))
+    args = with_flags(args, k=min(args.k, b))  # no more anchors than rows
     if b < args.batch_size and keep_student:
-        print(f"warning: only {samples} training samples; batches are of {b} and k is "
-              f"{min(args.k, b)}", file=sys.stderr)
+        print(f"warning: only {samples} training samples; batches are of {b} and k is {args.k}",
+              file=sys.stderr)
     label = fold.train.label.to(device)
-    targets = teacher_answers(teacher, features, fold.train.index)
+    targets = teacher_answers(teacher, features, index)
 
-    train_teacher.seed_all(args.seed, 3)
-    student, trained = make_student(teacher, args)
+    seed_all(args.seed, 3)
+    student, trained = make_student(teacher, args, with_backbone=args.finetune or keep_student)
     optimizer = torch.optim.Adam(trained.parameters(), lr=args.lr, fused=True)
     frozen = fingerprint(student.tnet.state_dict())
     seen = what_the_student_sees(features, settings, args)
     network = student if args.finetune else student.fuse
-    over_ranks = train_teacher.spread(student, args) if args.finetune else network
+    over_ranks = train_teacher.spread(network, args)
 
     def forward(network, x):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
@@ -103,22 +125,21 @@ def distil(teacher, args, keep_student=True, watch=None):
         return Fused(output.float(), z.float())
 
     def predict(windows, part="output"):
-        batches = train_teacher.dealt(torch.arange(len(windows.index)).split(b), args)
+        batches = dealt(torch.arange(len(windows.index)).split(b), args)
         inputs = student_inputs(*seen, windows.index, batches, args)
         return train_teacher.answers(lambda x: getattr(forward(network, x), part), inputs, args)
 
     first, best, fault, saved = 0, None, None, time.time()
-    if args.resume and keep_student and progress.exists():
+    if resume and progress.exists():
         first, best = train_teacher.restore_progress(progress, saved_as, trained, optimizer)
     if watch:
         watch(0, predict)
     for epoch in bar(range(first, choice["epochs"]), f"{args.method} fold {settings['fold']}"):
         # one epoch; the last batch is dropped, since S wants b rows
-        train_teacher.seed_all(args.seed, 3, epoch + 1)
-        order = torch.randperm(samples)[:samples - samples % b]
-        batches = order.split(b)
+        seed_all(args.seed, 3, epoch + 1)
+        batches = torch.randperm(samples)[:samples - samples % b].split(b)
         shares = [train_teacher.share(batch, args) for batch in batches]
-        inputs = student_inputs(*seen, fold.train.index, shares, args)
+        inputs = student_inputs(*seen, index, shares, args)
         trained["head"].train()  # a backbone's batch norm keeps the statistics of stage 1
         answers = (forward(over_ranks, x) for x in inputs)
         terms = train_epoch(answers, batches, label, targets, optimizer, args)
@@ -131,9 +152,9 @@ def distil(teacher, args, keep_student=True, watch=None):
         trained.eval()
         chosen_on = fold.test if args.select == "test" else fold.val
         found = score(features, chosen_on, predict(chosen_on))
-        value = train_teacher.criterion(found)
+        value = criterion(found)
         if best is None or args.select == "last" or value > best["score"]:
-            best = dict(score=value, epoch=epoch, model=train_teacher.snapshot(trained))
+            best = dict(score=value, epoch=epoch, model=snapshot(trained))
 
         # keep
         if keep_student and args.rank == 0:
@@ -149,23 +170,21 @@ def distil(teacher, args, keep_student=True, watch=None):
         raise RuntimeError("the frozen T-Net has changed during distillation")
     if best:
         trained.load_state_dict(best["model"])
-    state = dict(kind="student", settings=saved_as, model=train_teacher.snapshot(student),
-                 test_names=features.name[fold.test.index[:, 0].numpy()].astype(str).tolist())
+    state = best and keep_student and dict(
+        kind="student", settings=saved_as, model=snapshot(student),
+        test_names=features.name[fold.test.index[:, 0].numpy()].tolist())
     if fault:
-        advice = "lower --lr or raise --epsilon"
-        train_teacher.diverged(fault, advice, finished, best and keep_student and state, args)
-    validation = best["score"]
-    if args.select == "test":
-        validation = train_teacher.criterion(score(features, fold.val, predict(fold.val)))
+        train_teacher.diverged(fault, "lower --lr or raise --epsilon", finished, state, args)
+    validation = criterion(score(features, fold.val, predict(fold.val)))
     output = predict(fold.test)
     found = score(features, fold.test, output)
-    record = train_teacher.result_line(
-        settings, "student", found, time.time() - begin, b=b, k_used=min(args.k, b),
+    record = result_line(
+        settings, "student", found, time.time() - begin, b=b, k_used=args.k,
         epoch=best["epoch"] + 1, validation=validation, **choice)
     if args.rank == 0:
         if keep_student:
             train_teacher.log_videos(run, f"student {args.method}", features, fold.test, output)
-            train_teacher.save(finished, {**state, "scores": found, "record": record})
+            train_teacher.save(finished, state | {"scores": found, "record": record})
             progress.unlink(missing_ok=True)
         append_line(args.out / "results.jsonl", record)
     return record
@@ -186,9 +205,8 @@ def train_epoch(answers, batches, label, teacher, optimizer, args):
         loss_gt = task_loss(s.output, label[batch])  # Eq. 7 or 8
         try:
             W = METHODS[args.method](s, t, args)
-        except ValueError:  # a representation is not finite: no epoch goes on from here
-            terms.append(torch.stack([loss_gt, torch.full_like(loss_gt, math.nan)]).detach())
-            break
+        except ValueError:  # a representation is not finite; nor is what follows
+            W = loss_gt * math.nan
         loss = loss_gt + args.lam * W  # Eq. 9
 
         optimizer.zero_grad()
@@ -202,17 +220,18 @@ def what_the_student_sees(features, settings, args):
     """(visual, privileged): the rows of visual features (R, 512), or under --finetune what lies
     before the backbone, a data set of faces or rows (R, Dv); and for an oracle the true privileged
     features (R, 512), else None."""
+    visual = features.rows["visual"]
     privileged = features.rows["privileged"] if args.hallucinate == "oracle" else None
-    if not args.finetune:
-        return features.rows["visual"], privileged
-    file = settings["dataset"] == "features"
-    source = data.Features(args.root or settings["root"]) if file else open_faces(settings, args)
-    if train_teacher.digest(source) != settings["data"]:
-        raise UserError(f"{source.path}: its samples are not those that the teacher was trained "
-                        "on; train the teacher again, or give the --root it was trained on")
-    if file:
-        return source.rows["visual"].to(args.device), privileged
-    return source, privileged
+    if args.finetune:
+        file = settings["dataset"] == "features"
+        root = args.root or settings["root"]
+        source = data.Features(root) if file else open_faces(settings, args)
+        if train_teacher.digest(source) != settings["data"]:
+            raise UserError(
+                f"{source.path}: its samples are not those that the teacher was trained on; "
+                "train the teacher again, or give the --root it was trained on")
+        visual = source.rows["visual"].to(args.device) if file else source
+    return visual, privileged
 
 
 def student_inputs(visual, privileged, index, batches, args):
@@ -220,23 +239,23 @@ def student_inputs(visual, privileged, index, batches, args):
     privileged). Rows give visual (b, L, D) and windows None; a data set gives the distinct clips
     (U, 1, 3, F, H, W) of the batch, read once each, and which of them its windows have (b, L)."""
     batches = [index[batch] for batch in batches]  # (b, L) rows each
-    truth = (None if privileged is None else privileged[rows] for rows in batches)
     if torch.is_tensor(visual):
-        seen = ((visual[rows], None) for rows in batches)
+        clips, windows = (visual[rows] for rows in batches), [None] * len(batches)
     else:
-        picks = [rows.unique(return_inverse=True) for rows in batches]
-        every, rows = torch.arange(len(visual.name))[:, None], [rows for rows, _ in picks]
-        clips = train_teacher.clip_loader(visual, "visual", every, rows, args)
-        seen = ((x.to(args.device, non_blocking=True), windows.to(args.device))
-                for x, (_, windows) in zip(clips, picks, strict=True))
-    return ((*pair, true) for pair, true in zip(seen, truth, strict=True))
+        distinct = [rows.unique() for rows in batches]
+        windows = map(torch.searchsorted, distinct, batches)
+        every = torch.arange(len(visual.name))[:, None]
+        clips = clip_loader(visual, "visual", every, distinct, args)
+    for rows, x, which in zip(batches, clips, windows, strict=True):
+        true = None if privileged is None else privileged[rows]
+        yield x.to(args.device, non_blocking=True), which, true
 
 
 @torch.no_grad()
 def teacher_answers(teacher, features, index):
     """Fused (S, ...) of the frozen teacher for all windows: on frozen features it answers once."""
     visual, privileged = features.rows["visual"], features.rows["privileged"]
-    head = train_teacher.make_head(teacher["settings"]).to(visual.device).eval()
+    head = make_head(teacher["settings"]).to(visual.device).eval()
     head.load_state_dict(teacher["head"])
     answers = [head(visual[rows], privileged[rows]) for rows in index.split(256)]
     return Fused(*(torch.cat(part) for part in zip(*answers, strict=True)))
@@ -244,19 +263,16 @@ def teacher_answers(teacher, features, index):
 
 def build_student(settings, hallucinate="tnet", chunk=None):
     return models.Student(train_teacher.make_backbone("visual", settings), models.TNet(),
-                          train_teacher.make_head(settings), hallucinate, chunk)
+                          make_head(settings), hallucinate, chunk)
 
 
-def make_student(teacher, args):
-    """The student, and the part of it that stage 3 trains; all else is frozen."""
-    settings, folder = teacher["settings"], teacher["stage 1"]
-    student = build_student(settings, args.hallucinate, args.chunk)
+def make_student(teacher, args, with_backbone):
+    """The student, and the part of it that stage 3 trains; all else is frozen. Only what is run or
+    saved needs a backbone with weights."""
+    student = build_student(teacher["settings"], args.hallucinate, args.chunk)
     student.tnet.load_state_dict(teacher["tnet"])
-    stage_1 = load(folder / "visual.pt", "visual")
-    student.backbone.load_state_dict(train_teacher.backbone_weights(stage_1))
-    if not teacher["backbones"].startswith(fingerprint(student.backbone.state_dict())):
-        raise UserError(f"{folder}: visual.pt was trained again after {teacher['path']}; "
-                        "finish the teacher: train_teacher.py --resume with the same flags")
+    if with_backbone:
+        student.backbone.load_state_dict(visual_weights(teacher))
     student.to(args.device).requires_grad_(False).eval()
     trained = torch.nn.ModuleDict({"head": student.head})
     if args.finetune:
@@ -276,24 +292,23 @@ def log_epoch(run, args, epochs, epoch, loss_gt, W, found):
                    f"{part} {show(found)}")
 
 
-def open_faces(settings, args, labelled=True):
-    """The data set a run was trained on, without its privileged files; a features file may be
-    another one, of the same shape."""
-    root = args.root or settings["root"]
-    if settings["dataset"] != "features":
-        return data.open_dataset(settings["dataset"], root, settings["outputs"], settings["length"],
-                                 settings["image_size"], False, face_start(settings, args))
-    source = data.Features(root, privileged=False, labelled=labelled)
-    found = (source.length, source.rows["visual"].shape[1])
-    wanted = (settings["length"], settings["visual_dim"])
-    if found != wanted:
-        raise UserError(f"{root}: visual is (N, {found[0]}, {found[1]}), the student was trained "
-                        f"on (N, {wanted[0]}, {wanted[1]})")
+def open_faces(settings, args, folder=None):
+    """What a run's student looks at, without any privileged file: the data set that it was trained
+    on, or the unlabelled faces in a folder. A features file may be another one, of the same shape.
+    """
+    kind, length, size = (settings[key] for key in ("dataset", "length", "image_size"))
+    root = folder or args.root or settings["root"]
+    start = settings["face_start"] if args.face_start is None else args.face_start
+    if kind != "features" and folder:
+        return data.Faces(folder, kind, length, size, start)
+    if kind != "features":
+        return data.open_dataset(kind, root, settings["outputs"], length, size, False, start)
+    source = data.Features(root, privileged=False, labelled=not folder)
+    found, wanted = source.rows["visual"].shape[1], settings["visual_dim"]
+    if (source.length, found) != (length, wanted):
+        raise UserError(f"{root}: visual is (N, {source.length}, {found}), the student was trained "
+                        f"on (N, {length}, {wanted})")
     return source
-
-
-def face_start(settings, args):
-    return settings["face_start"] if args.face_start is None else args.face_start
 
 
 def open_teacher(path):
@@ -301,7 +316,19 @@ def open_teacher(path):
     state = load(path, "teacher")
     parts = fingerprint(state["head"]), fingerprint(state["tnet"]), state["backbones"]
     folder = train_teacher.stage_1_folder(path.parent, state["settings"])
-    return {**state, "path": path, "stage 1": folder, "weights": "-".join(parts)}
+    teacher = state | {"path": path, "stage 1": folder, "weights": "-".join(parts)}
+    visual_weights(teacher)  # or one line says that they are others by now
+    return teacher
+
+
+def visual_weights(teacher):
+    """Stage 1's weights of the visual backbone, those that the teacher was trained on."""
+    folder = teacher["stage 1"]
+    weights = train_teacher.backbone_weights(load(folder / "visual.pt", "visual"))
+    if not teacher["backbones"].startswith(fingerprint(weights)):
+        raise UserError(f"{folder}: visual.pt was trained again after {teacher['path']}; "
+                        "finish the teacher: train_teacher.py --resume with the same flags")
+    return weights
 
 
 def open_features(teacher, device):
@@ -323,47 +350,44 @@ def identity(args, teacher):
     weights, the code of the loss and the networks."""
     choice = {key: vars(args)[key] for key in CHOICES}
     choice["lambda"] = 0.0 if args.method == "none" else args.lam
-    if args.epochs is None:  # a stand-in's epochs are of few steps
-        choice["epochs"] = 50 if teacher["settings"]["synthetic"] else 20
-    return {**choice, "teacher": teacher["weights"], "code": code_digest()}
+    default = STAND_IN_EPOCHS if teacher["settings"]["synthetic"] else EPOCHS
+    choice["epochs"] = args.epochs or default
+    return choice | {"teacher": teacher["weights"], "code": code_digest()}
 
 
 @functools.cache  # the code that runs is the code that was imported, whatever is edited meanwhile
 def code_digest():
-    folder = Path(__file__).parent
-    code = [(folder / f"{name}.py").read_bytes() for name in ("sinkhorn", "pkdot", "models")]
-    return hashlib.sha256(b"".join(code)).hexdigest()[:12]
+    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes()
+                    for name in ("sinkhorn", "pkdot", "models"))
+    return hashlib.sha256(code).hexdigest()[:12]
 
 
 def teachers_under(out, name):
     """All teacher.pt of a data set, "*" for any, the newest first."""
     found = out.glob(f"{name}/*/fold*/teacher.pt")
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    return sorted(found, key=os.path.getmtime, reverse=True)
 
 
 def newest_teacher(args):
     """The newest teacher.pt under --out, of --dataset and --synthetic if they are given."""
     name = (args.dataset or "*") + "-synthetic" * args.synthetic
-    if not (found := teachers_under(args.out, name)):
-        name = name.replace("*", "<dataset>")
-        raise UserError(f"{args.out}: no {name}/<variant>/fold<n>/teacher.pt in it; "
-                        "run train_teacher.py first")
-    return found[0]
+    if found := teachers_under(args.out, name):
+        return found[0]
+    name = name.replace("*", "<dataset>")
+    raise UserError(f"{args.out}: no {name}/<variant>/fold<n>/teacher.pt in it; "
+                    "run train_teacher.py first")
 
 
-def load_student(path, device):
-    state = load(path, "student")
-    student = build_student(state["settings"])
+def student_output(state, source, index, args, text):
+    """Output of a saved student for windows of faces, in the precision that it was trained in."""
+    settings = state["settings"]
+    student = build_student(settings)
     student.load_state_dict(state["model"])
-    return student.to(device).eval(), state["settings"], state
-
-
-def student_output(student, settings, source, index, args, text):
-    """Output of the student for windows of faces, in the precision that it was trained in."""
+    student.to(args.device).eval()
     amp = settings["student_amp"]
     precision = functools.partial(torch.autocast, args.device.type, torch.bfloat16)
-    batches = train_teacher.dealt(torch.arange(len(index)).split(32), args)
-    loader = train_teacher.clip_loader(source, "visual", index, batches, args)
+    batches = dealt(torch.arange(len(index)).split(32), args)
+    loader = clip_loader(source, "visual", index, batches, args)
 
     def forward(clips):
         with precision(enabled=amp if settings["student_finetune"] else settings["amp"]):
@@ -376,18 +400,17 @@ def student_output(student, settings, source, index, args, text):
 
 def evaluate(path, args):
     """Test score of a saved student, from the faces alone: no privileged file is opened."""
-    student, settings, state = load_student(path, args.device)
-    source, wanted = open_faces(settings, args), state["test_names"]
-    missing = sorted(set(wanted) - set(source.name.astype(str)))
+    state = load(path, "student")
+    settings, wanted = state["settings"], state["test_names"]
+    source = open_faces(settings, args)
+    missing = sorted(set(wanted) - set(source.name))
     if missing:
         raise UserError(f"{source.path}: lacks {len(missing)} of the student's {len(wanted)} test "
                         f"samples, first {missing[0]}; give the --root it was trained on")
     windows = data.label_windows(source, source.label)
-    first = source.name[windows.index[:, 0].numpy()].astype(str)
-    windows = windows.take(torch.from_numpy(np.isin(first, wanted)))
-    output = student_output(student, settings, source, windows.index, args, "evaluate")
-    found = score(source, windows, output)
-    print(f"{train_teacher.heading(settings)}, n = {found['n']}: "
+    windows = windows.take(np.isin(source.name[windows.index[:, 0].numpy()], wanted))
+    found = score(source, windows, student_output(state, source, windows.index, args, "evaluate"))
+    print(f"{heading(settings)}, n = {found['n']}: "
           f"student {settings['student_method']} {show(found)}")
 
 
@@ -400,28 +423,25 @@ def class_names(settings):
 def predict(folder, path, args):
     """One csv line per sample (class probabilities) or clip (valence, arousal) of unlabelled faces,
     on stdout; what cannot be used is named on stderr. Returns the exit code, then 1."""
-    student, settings, _ = load_student(path, args.device)
-    if settings["dataset"] == "features":
-        source = open_faces(settings, with_flags(args, root=folder), labelled=False)
-    else:
-        source = data.Faces(folder, settings["dataset"], settings["length"],
-                            settings["image_size"], face_start(settings, args))
+    state = load(path, "student")
+    settings = state["settings"]
+    source = open_faces(settings, args, folder)
     index, keep = data.windows(source.video, source.length)
-    output = student_output(student, settings, source, index, args, "predict")
+    output = student_output(state, source, index, args, "predict")
 
-    write = csv.writer(sys.stdout, lineterminator="\n").writerow
-    if settings["task"] == "regression":
-        write(["clip", "valence", "arousal"])
-        rows = sorted(zip(index[keep].tolist(), output[keep].tolist(), strict=True))
-        lines = [(source.name[row], *values) for row, values in rows]
+    if settings["task"] == "regression":  # each clip once, in their order
+        header, names = ["clip", "valence", "arousal"], source.name
+        rows, values = index[keep], output[keep]
     else:
-        write(["sample", *(f"p({name})" for name in class_names(settings))])
-        name = source.name if settings["dataset"] == "features" else source.video
-        lines = [(name[row], *p) for row, p in
-                 zip(index[:, 0].tolist(), output.softmax(1).tolist(), strict=True)]
-    for name, *values in lines:
-        write([name, *(f"{value:.4f}" for value in values)])
-    print("\n".join(source.faults), file=sys.stderr, end="\n" if source.faults else "")
+        header = ["sample", *(f"p({name})" for name in class_names(settings))]
+        names = source.name if settings["dataset"] == "features" else source.video
+        rows, values = index[:, 0], output.softmax(1)
+    write = csv.writer(sys.stdout, lineterminator="\n").writerow
+    write(header)
+    for name, numbers in zip(names[rows.numpy()], values.tolist(), strict=True):
+        write([name, *(f"{number:.4f}" for number in numbers)])
+    for fault in source.faults:
+        print(fault, file=sys.stderr)
     return 1 if source.faults else 0
 
 
