@@ -3109,10 +3109,10 @@ def test_positive_control(tmp_path, capsys):
 
 def cells_of(table, **found):
     """Results lines of a table's cells: {label of a row: {(fold, seed): accuracy in the first column}}."""
-    cells = {(i, j): {} for i, _ in enumerate(table.rows) for j, _ in enumerate(table.columns)}
-    rows = [row.label for row in table.rows]
+    rows, columns = [row.label for row in table.rows], [column.heading for column in table.columns]
+    cells = {(row, column): {} for row in rows for column in columns}
     for label, runs in found.items():
-        cells[next(i for i, name in enumerate(rows) if name.startswith(label)), 0] = {
+        cells[next(name for name in rows if name.startswith(label)), columns[0]] = {
             key: {"accuracy": value, "synthetic": False} for key, value in runs.items()}
     return cells
 
@@ -3132,7 +3132,7 @@ def test_a_known_table():
     assert ("- PKDOT minus Cosine similarity [10], BioVid (B) accuracy: +3.50, "
             "95 % interval over folds [-19.84, +26.84], inside the noise") in lines
     assert "SYNTHETIC" not in text
-    for record in cells[0, 0].values():
+    for record in cells["Cosine similarity [10]", "BioVid (B) accuracy"].values():
         record["synthetic"] = True
     assert train_student.format_table(table, cells, args).startswith("**SYNTHETIC DATA - ")
 
@@ -3176,7 +3176,8 @@ def test_every_table_and_figure_prints_without_a_single_run(name):
 
 def test_the_papers_numbers():
     """Tables II to V as printed, row by row."""
-    printed = {name: {row.label: row.paper for row in table.rows} for name, table in train_student.TABLES.items()}
+    printed = {name: {row.label: tuple(row.paper.values()) for row in table.rows}
+               for name, table in train_student.TABLES.items()}
     assert printed["2"] == {
         "Cosine similarity [10]": ("75.40", "0.37", "0.53"), "MSE [8]": ("N/A", "0.39", "0.53"),
         "KL [8]": ("75.80", "N/A", "N/A"), "PKDOT": ("78.76", "0.43", "0.56"),

@@ -45,21 +45,26 @@ from pkdot import (
     task_loss,
 )
 from train_teacher import (
+    alone,
     append_line,
     bar,
     clip_loader,
     criterion,
+    deal_out,
     dealt,
     fingerprint,
     fold_of,
     heading,
     load,
     make_head,
+    make_settings,
+    one_voice,
     result_line,
     score,
     seed_all,
     show,
     snapshot,
+    wait_for_all,
     with_flags,
 )
 
@@ -448,25 +453,32 @@ def predict(folder, path, args):
 # ------------------------------------------------------------------------------ tables, figures
 
 class Column(NamedTuple):
-    heading: str
+    name: str
     dataset: str
-    classes: int | str  # "va" for valence/arousal
     metric: str
-    change: dict = {}  # of the flags, for all cells below
-    series: str = ""  # what the change is called
+    change: dict = {}  # of the command's flags, in all cells below
+    series: str = ""  # of a figure: which of its lines
+
+    @property
+    def heading(self):
+        return f"{self.series}, {self.name}" if self.series else self.name
+
+    @property
+    def digits(self):
+        return 2 if self.metric == "accuracy" else 3
 
 
 class Row(NamedTuple):
     label: str
     ours: dict | str | None  # a student, by its flags; a bound, "visual" or "multimodal"; others'
-    paper: tuple = ()  # the numbers as the paper prints them, one a column
+    paper: dict = {}  # the numbers as the paper prints them, by column
 
 
 class Table(NamedTuple):
     title: str
     columns: list
     rows: list
-    reference: object = None  # of a figure: which cell (i, j) is compared to
+    reference: tuple | None = None  # of a figure: row (None: the same) and series to compare to
 
 
 TABLE_I = {
@@ -492,17 +504,22 @@ OURS = {
     "Multimodal (upper bound)": "multimodal"}
 
 
-def rows_of(printed):
-    """The rows of a table as the paper prints it; a row without numbers is not in the paper."""
-    cells = [[cell.strip() for cell in line.split("|")] for line in printed.strip().splitlines()]
-    return [Row(label, OURS.get(label), tuple(paper)) for label, *paper in cells]
+def printed(title, columns, text):
+    """A table as the paper prints it; a row without numbers is not in the paper."""
+    rows = []
+    for line in text.strip().splitlines():
+        label, *numbers = (cell.strip() for cell in line.split("|"))
+        paper = dict(zip((column.heading for column in columns), numbers, strict=False))
+        rows.append(Row(label, OURS.get(label), paper))
+    return Table(title, columns, rows)
 
 
-BIOVID_B = Column("BioVid (B) accuracy", "biovid_b", 2, "accuracy")
-VALENCE = Column("Affwild2 valence", "affwild2", "va", "valence")
-AROUSAL = Column("Affwild2 arousal", "affwild2", "va", "arousal")
+BIOVID_A = Column("BioVid (A) accuracy", "biovid_a", "accuracy")
+BIOVID_B = Column("BioVid (B) accuracy", "biovid_b", "accuracy")
+VALENCE = Column("Affwild2 valence", "affwild2", "valence")
+AROUSAL = Column("Affwild2 arousal", "affwild2", "arousal")
 TABLES = {
-    "2": Table("Table II: privileged KD methods", [BIOVID_B, VALENCE, AROUSAL], rows_of("""
+    "2": printed("Table II: privileged KD methods", [BIOVID_B, VALENCE, AROUSAL], """
         Cosine similarity [10]    | 75.40 | 0.37 | 0.53
         MSE [8]                   | N/A   | 0.39 | 0.53
         KL [8]                    | 75.80 | N/A  | N/A
@@ -511,9 +528,8 @@ TABLES = {
         RKD [31]
         none (lambda 0)
         Visual only (lower bound)
-        Multimodal (upper bound)""")),
-    "3": Table("Table III: visual-only methods, Affwild2 validation set", [
-        VALENCE, AROUSAL], rows_of("""
+        Multimodal (upper bound)"""),
+    "3": printed("Table III: visual-only methods, Affwild2 validation set", [VALENCE, AROUSAL], """
         ResNet-50 [44]            | 0.31 | 0.17
         SENet-50 [45]             | 0.28 | 0.34
         MobileNet [46]            | 0.28 | 0.44
@@ -522,10 +538,10 @@ TABLES = {
         Visual only (lower bound) | 0.41 | 0.51
         none (lambda 0)
         PKDOT                     | 0.43 | 0.56
-        Multimodal (upper bound)  | 0.67 | 0.59""")),
-    "4": Table("Table IV: visual-only methods, BioVid (A)", [
-        Column("BL1 vs. PA4 accuracy", "biovid_a", 2, "accuracy"),
-        Column("5 classes accuracy", "biovid_a", 5, "accuracy")], rows_of("""
+        Multimodal (upper bound)  | 0.67 | 0.59"""),
+    "4": printed("Table IV: visual-only methods, BioVid (A)", [
+        BIOVID_A._replace(name="BL1 vs. PA4 accuracy"),
+        BIOVID_A._replace(name="5 classes accuracy", change={"classes": 5})], """
         Sparse LSTM [19]          | 61.70 | 29.70
         ViT [18]                  | 72.11 | NR
         FAD + RF [49]             | 72.40 | 30.80
@@ -535,13 +551,13 @@ TABLES = {
         Visual only (lower bound) | 72.10 | 30.38
         none (lambda 0)
         PKDOT                     | 74.55 | 33.65
-        Multimodal (upper bound)  | 83.50 | 36.40""")),
-    "5": Table("Table V: visual-only methods, BioVid (B)", [BIOVID_B], rows_of("""
+        Multimodal (upper bound)  | 83.50 | 36.40"""),
+    "5": printed("Table V: visual-only methods, BioVid (B)", [BIOVID_B], """
         Handcrafted + RF [22]     | 72.70
         Visual only (lower bound) | 74.10
         none (lambda 0)
         PKDOT                     | 78.76
-        Multimodal (upper bound)  | 81.30""")),
+        Multimodal (upper bound)  | 81.30"""),
     "choices": Table("Choices that the paper leaves open (not in the paper)",
                      [BIOVID_B, VALENCE, AROUSAL], list(starmap(Row, {
         "PKDOT": {},
@@ -564,22 +580,21 @@ TABLES = {
         "Visual only (lower bound)": "visual",
         "Multimodal (upper bound)": "multimodal"}.items())))}
 FIGURES = {
-    "6": Table("Figure 6: batch size and number of anchors", [
-        Column(f"k = {k}, BioVid (B) accuracy", "biovid_b", 2, "accuracy", {"k": k}, f"k = {k}")
-        for k in (5, 15, 30)], [
-        Row(f"batch size {b}", {"batch_size": b}) for b in (32, 64, 128, 256)],
-        lambda i, j: (2, j - j % 3 + 2)),  # the paper's 128 and 30
-    "7": Table("Figure 7: epsilon", [BIOVID_B, VALENCE, AROUSAL], [
-        Row(f"epsilon {e:g}", {"epsilon": e}) for e in (0.001, 0.01, 0.1, 1.0, 10.0)],
-        lambda i, j: (2, j)),  # the paper's 0.1
-    "labels": Table("Figure labels: number of labelled training samples (not in the paper)", [
-        Column(f"{name}, BioVid (A) accuracy", "biovid_a", 2, "accuracy", change, name)
-        for name, change in (
-            ("none", {"method": "none"}), ("cosine", {"method": "cosine"}),
-            ("KL", {"method": "kl"}), ("PKDOT", {}), ("PKDOT shared", {"shared": True}))], [
-        *(Row(f"labels {n}", {"labelled": n}) for n in (20, 60, 200, 600)),
-        Row("labels all", {"labelled": None})],
-        lambda i, j: (i, j - j % 5))}  # no distillation
+    "6": Table("Figure 6: batch size and number of anchors",
+               [BIOVID_B._replace(series=f"k = {k}", change={"k": k}) for k in (5, 15, 30)],
+               [Row(f"batch size {b}", {"batch_size": b}) for b in (32, 64, 128, 256)],
+               reference=("batch size 128", "k = 30")),  # the paper's
+    "7": Table("Figure 7: epsilon", [BIOVID_B, VALENCE, AROUSAL],
+               [Row(f"epsilon {e:g}", {"epsilon": e}) for e in (0.001, 0.01, 0.1, 1.0, 10.0)],
+               reference=("epsilon 0.1", "")),  # the paper's
+    "labels": Table("Figure labels: number of labelled training samples (not in the paper)",
+                    [BIOVID_A._replace(series=name, change=change) for name, change in {
+                        "none": {"method": "none"}, "cosine": {"method": "cosine"},
+                        "KL": {"method": "kl"}, "PKDOT": {}, "PKDOT shared": {"shared": True},
+                    }.items()],
+                    [*(Row(f"labels {n}", {"labelled": n}) for n in (20, 60, 200, 600)),
+                     Row("labels all", {"labelled": None})],
+                    reference=(None, "none"))}  # no distillation, of as many labels
 
 
 def read_results(path):
@@ -603,7 +618,7 @@ def is_student(row):
 
 def changes(row, column):
     """What the student of a cell changes of the command's flags."""
-    return {**column.change, **(row.ours if is_student(row) else {})}
+    return column.change | row.ours if is_student(row) else column.change
 
 
 def undefined(row, column):
@@ -613,76 +628,78 @@ def undefined(row, column):
 
 def fill(table, args):
     """Trains what the table lacks, teachers included. Returns {(row, column): {(fold, seed):
-    results line}} by number, and why data sets are missing. A bound has a run a fold, of seed None.
-    """
-    jobs, teachers, problems = {}, {}, {}
-    for (i, row), (j, column) in product(enumerate(table.rows), enumerate(table.columns)):
+    results line}} by label and heading, and why data sets are missing. A bound has a run a fold, of
+    seed None."""
+    cells, problems = {}, {}
+    jobs = []  # a cell's runs, which of them, and the students that it is chosen from
+
+    @functools.cache
+    def teachers_of(dataset, classes, labelled, folds):
+        flags = with_flags(args, classes=classes, labelled=labelled, folds=folds)
+        try:
+            found = teacher_settings(dataset, flags)
+        except UserError as error:
+            problems[str(error)] = f"{dataset} not run: {error}"
+            return []
+        return ensure_teachers(*found, flags)
+
+    for row, column in product(table.rows, table.columns):
+        runs = cells[row.label, column.heading] = {}
         if row.ours is None or undefined(row, column):
             continue
         flags = with_flags(args, **changes(row, column))
-        key = column.dataset, column.classes, flags.labelled, flags.folds
-        if key not in teachers:
-            teachers[key] = []
-            try:
-                found = teacher_settings(column.dataset, column.classes, flags)
-            except UserError as error:
-                problems[str(error)] = f"{column.dataset} not run: {error}"
-            else:
-                teachers[key] = ensure_teachers(*found, flags)
+        for teacher in teachers_of(column.dataset, flags.classes, flags.labelled, flags.folds):
+            settings = teacher["settings"]
+            if not is_student(row):
+                found = teacher["scores"][row.ours]
+                runs[settings["fold"], None] = result_line(settings, row.ours, found, 0)
+                continue
 
-        # a student for each seed, and for each lambda to choose from
-        seeds = range(args.seed, args.seed + args.seeds) if is_student(row) else [None]
-        for teacher, seed in product(teachers[key], seeds):
-            students = [with_flags(flags, seed=seed, lam=lam)
-                        for lam in flags.lambdas if is_student(row)]
-            jobs[i, j, teacher["settings"]["fold"], seed] = teacher, students
+            # a student for each seed, and for each lambda to choose from
+            for seed in range(args.seed, args.seed + args.seeds):
+                students = [(teacher, with_flags(flags, seed=seed, lam=lam))
+                            for lam in flags.lambdas]
+                jobs.append((runs, (settings["fold"], seed), students))
 
-    # students that results.jsonl lacks: each rank trains its share, then all read what all wrote
-    results = args.out / "results.jsonl"
-    known = [] if args.fresh else read_results(results)
-    missing = {json.dumps(want(teacher, flags)): (teacher, flags)
-               for teacher, students in jobs.values() for flags in students
-               if not student_of(teacher, flags, known)}
-    train_teacher.wait_for_all()  # until all have read: who trains changes what is missing
-    for teacher, flags in train_teacher.deal_out(list(missing.values()), "students", args):
-        try:
-            distil(teacher, train_teacher.alone(flags), keep_student=False)
-        except UserError as error:  # one that diverges leaves its cell without this run
-            problems[str(error)] = f"{flags.method} of {teacher['path']} not run: {error}"
-    train_teacher.wait_for_all()
-    known = read_results(results)
-
-    cells = {(i, j): {} for i, _ in enumerate(table.rows) for j, _ in enumerate(table.columns)}
-    for (i, j, *run), (teacher, students) in jobs.items():
-        lines = list(filter(None, (student_of(teacher, flags, known) for flags in students)))
+    wanted = [student for *_, students in jobs for student in students]
+    known = train_missing(wanted, args, problems)
+    for runs, run, students in jobs:
+        lines = [line for student in students if (line := student_of(*student, known))]
         if lines:
-            cells[i, j][tuple(run)] = max(lines, key=lambda line: line["validation"])
-        elif not students:
-            bound = table.rows[i].ours
-            cells[i, j][tuple(run)] = train_teacher.result_line(
-                teacher["settings"], bound, teacher["scores"][bound], 0)
+            runs[run] = max(lines, key=lambda line: line["validation"])
     return cells, list(problems.values())
 
 
-def want(teacher, args):
-    """What a student's results line must agree in."""
-    settings = teacher["settings"]
-    return {**{k: settings[k] for k in ("dataset", "synthetic", "fold")}, "role": "student",
-            **identity(args, teacher)}
+def train_missing(students, args, problems):
+    """Trains those of the students, (teacher, flags), that results.jsonl lacks, each rank its
+    share; returns the lines that all wrote."""
+    results = args.out / "results.jsonl"
+    known = [] if args.fresh else read_results(results)
+    missing = {json.dumps(identity(flags, teacher)): (teacher, flags)
+               for teacher, flags in students if not student_of(teacher, flags, known)}
+    wait_for_all()  # until all have read: who trains changes what is missing
+    for teacher, flags in deal_out(list(missing.values()), "students", args):
+        try:
+            distil(teacher, alone(flags), keep_student=False)
+        except UserError as error:  # one that diverges leaves its cell without this run
+            problems[str(error)] = f"{flags.method} of {teacher['path']} not run: {error}"
+    wait_for_all()
+    return read_results(results)
 
 
 def student_of(teacher, args, known):
     """The last of the results lines that are a student's of these flags, or None."""
-    wanted = want(teacher, args).items()
+    settings = {key: teacher["settings"][key] for key in ("dataset", "synthetic", "fold")}
+    wanted = (settings | {"role": "student"} | identity(args, teacher)).items()
     return next((line for line in reversed(known) if wanted <= line.items()), None)
 
 
-def teacher_settings(dataset, classes, args):
-    """The settings of a table's teachers, like the newest teacher that is there or
-    train_teacher.py's defaults; their data, and the folds."""
-    flags = dict(amp=args.amp, labelled=args.labelled, folds=args.folds, face_start=args.face_start,
-                 classes=None if classes == "va" else classes)
-    settings, source = train_teacher.make_settings(dataset, args.root, args.synthetic, **flags)
+def teacher_settings(dataset, args):
+    """A table's data set, and {teacher.pt: settings} of its teachers, one a fold: like the newest
+    teacher that is there, or train_teacher.py's defaults."""
+    given = {key: vars(args)[key] for key in (
+        "root", "synthetic", "classes", "amp", "labelled", "folds", "face_start")}
+    settings, source = make_settings(dataset, **given)
     folds = [fold for fold in train_teacher.folds_of(source) if {"all", str(fold)} & set(args.fold)]
     if not folds:
         raise UserError(f"--fold {' '.join(args.fold)}: {settings['root']} has its own split; "
@@ -691,35 +708,29 @@ def teacher_settings(dataset, classes, args):
     name = dataset + "-synthetic" * settings["synthetic"]
     there = (load(path, "teacher")["settings"] for path in teachers_under(args.out, name))
     same = ("root", "task", "outputs", "labelled", "folds")
-    found = next((s for s in there if all(s[k] == settings[k] for k in same)), {})
-    changed = {key: value for key, value in found.items()
+    newest = next((old for old in there if all(old[key] == settings[key] for key in same)), {})
+    changed = {key: value for key, value in newest.items()
                if key not in ("fold", "data") and value != settings[key]}
     if changed:
         print(f"{dataset}: teachers with {', '.join(f'{k} {v}' for k, v in changed.items())}")
-        settings, source = train_teacher.make_settings(dataset, args.root, args.synthetic,
-                                                       **{**flags, **changed})
-    for fold in folds:
-        train_teacher.fold_of(source, {**settings, "fold": fold})  # or one line says why not
-    return settings, source, folds
+        settings, source = make_settings(dataset, **given | changed)
+    wanted = [settings | {"fold": fold} for fold in folds]
+    for one in wanted:
+        fold_of(source, one)  # or one line says why not
+    return source, {train_teacher.run_folder(one, args.out) / "teacher.pt": one for one in wanted}
 
 
-def ensure_teachers(settings, source, folds, args):
-    """The teachers of a table's folds; each rank trains its share of those that are missing."""
-    wanted = [{**settings, "fold": fold} for fold in folds]
-    paths = [train_teacher.run_folder(one, args.out) / "teacher.pt" for one in wanted]
-    missing = [one for one, path in zip(wanted, paths, strict=True) if not path.exists()]
-    train_teacher.wait_for_all()  # until all have looked
-    for one in train_teacher.deal_out(missing, "teachers", args):
-        train_teacher.train_teacher(one, source, train_teacher.alone(args))
-    train_teacher.wait_for_all()
-    teachers = list(map(open_teacher, paths))
-    for teacher, one in zip(teachers, wanted, strict=True):
-        train_teacher.same_settings(teacher, one, teacher["path"])
+def ensure_teachers(source, wanted, args):
+    """The teachers of {teacher.pt: settings}; each rank trains its share of what is missing."""
+    missing = [settings for path, settings in wanted.items() if not path.exists()]
+    wait_for_all()  # until all have looked
+    for settings in deal_out(missing, "teachers", args):
+        train_teacher.train_teacher(settings, source, alone(args))
+    wait_for_all()
+    teachers = [open_teacher(path) for path in wanted]
+    for teacher in teachers:
+        train_teacher.same_settings(teacher, wanted[teacher["path"]], teacher["path"])
     return teachers
-
-
-def metric_of(cell, column):
-    return {key: record[column.metric] for key, record in cell.items()}
 
 
 def interval(ours, theirs):
@@ -741,69 +752,85 @@ def interval(ours, theirs):
         (sample,), shared = by_fold.values(), 0
     if len(sample) < 2:
         return None
-    mean = statistics.mean(sample)
-    error = math.sqrt((1 / len(sample) + shared) * statistics.variance(sample))
+    mean, variance = statistics.mean(sample), statistics.variance(sample)
+    error = math.sqrt((1 / len(sample) + shared) * variance)
     half = stats.t.ppf(0.975, len(sample) - 1) * error
     return mean, mean - half, mean + half
 
 
-def rounded(value, column, sign=""):
-    return f"{value:{sign}.{2 if column.metric == 'accuracy' else 3}f}"
+class Point(NamedTuple):
+    """A cell in numbers: over its runs, and its difference to another cell (`compared`) with a 95 %
+    interval, NaN below two pairs."""
+    mean: float
+    sd: float
+    runs: int
+    difference: float
+    low: float
+    high: float
+
+
+def points_of(table, cells):
+    """{(row, column): Point} of a table's cells."""
+    points = {}
+    for row, column in product(table.rows, table.columns):
+        cell = row.label, column.heading
+        ours, theirs, _ = compared(table, row, column)
+        here, ours, theirs = ({run: line[column.metric] for run, line in cells[key].items()}
+                              for key in (cell, ours, theirs))
+        scores = [*here.values()]
+        mean = statistics.mean(scores) if scores else math.nan
+        sd = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        difference = interval(ours, theirs) or [math.nan] * 3
+        points[cell] = Point(mean, sd, len(scores), *difference)
+    return points
+
+
+def compared(table, row, column):
+    """The two cells that a cell's difference is of, and its name: a table's PKDOT minus the cell,
+    or a figure's cell minus its reference."""
+    cell = row.label, column.heading
+    if not table.reference:
+        return ("PKDOT", column.heading), cell, f"PKDOT minus {row.label}, {column.heading}"
+    label, series = table.reference
+    label = label or row.label
+    other = f"{label}, {series}" if series else label
+    return (cell, (label, column._replace(series=series).heading),
+            f"{row.label}, {column.heading} minus {other}")
 
 
 def runs_of(cell):
     """What a +- is over: "5 folds x 3 seeds"."""
-    folds, seeds = ({key[i] for key in cell} for i in (0, 1))
+    folds, seeds = map(set, zip(*cell, strict=True))
     text = f"{len(folds)} fold{'s' * (len(folds) > 1)}"
     return text if seeds == {None} else f"{text} x {len(seeds)} seed{'s' * (len(seeds) > 1)}"
 
 
-def summary(cell, column):
-    """Mean and standard deviation over folds and seeds."""
-    runs = list(metric_of(cell, column).values())
-    spread = statistics.stdev(runs) if len(runs) > 1 else 0.0
-    return statistics.mean(runs) if runs else math.nan, spread
-
-
-def format_cell(column, row, cell):
+def format_cell(row, column, cell, point):
     if row.ours is None:
         return ""
     if undefined(row, column):
         return "n/a"
     if not cell:
         return "not run"
-    mean, spread = (rounded(value, column) for value in summary(cell, column))
-    return f"{mean} ({runs_of(cell)})" if len(cell) == 1 else f"{mean} ± {spread} ({runs_of(cell)})"
+    mean, sd = (f"{value:.{column.digits}f}" for value in point[:2])
+    return f"{mean} ± {sd} ({runs_of(cell)})" if len(cell) > 1 else f"{mean} ({runs_of(cell)})"
 
 
-def format_gap(name, column, ours, theirs):
-    """A paired difference, and whether it is noise."""
-    gap = interval(metric_of(ours, column), metric_of(theirs, column))
-    if gap is None:
-        return f"- {name}: one pair, no interval"
-    mean, low, high = (rounded(value, column, "+") for value in gap)
-    over = "folds" if len({fold for fold, _ in ours}) > 1 else "the seeds of one split"
-    noise = ", inside the noise" if gap[1] <= 0 <= gap[2] else ""
-    return f"- {name}: {mean}, 95 % interval over {over} [{low}, {high}]{noise}"
-
-
-def gaps(table, cells):
-    """(name, column, cell, cell) of each paired difference: of a table's PKDOT and its other rows,
-    or of a figure's cells and its reference. Folds that are divided otherwise have no pairs."""
-    _, columns, rows, reference = table
-    first = next((i for i, row in enumerate(rows) if row.ours == {}), None)
-    for (j, column), (i, row) in product(enumerate(columns), enumerate(rows)):
-        if reference:
-            a, b = (i, j), reference(i, j)
-            name = (f"{row.label}, {column.heading} minus {rows[b[0]].label}"
-                    f"{', ' * bool(column.series)}{columns[b[1]].series}")
-        elif first is not None and "folds" not in (row.ours or {}):
-            a, b = (first, j), (i, j)
-            name = f"{rows[first].label} minus {row.label}, {column.heading}"
-        else:
+def format_gaps(table, cells, points):
+    """A line for each paired difference, which says whether it is noise. Folds that are divided
+    otherwise have no pairs."""
+    for column, row in product(table.columns, table.rows):
+        ours, theirs, name = compared(table, row, column)
+        if ours == theirs or not (cells[ours] and cells[theirs]) or "folds" in changes(row, column):
             continue
-        if a != b and cells[a] and cells[b]:
-            yield name, column, cells[a], cells[b]
+        gap = points[row.label, column.heading][3:]
+        if math.isnan(gap[0]):
+            yield f"- {name}: one pair, no interval"
+            continue
+        mean, low, high = (f"{value:+.{column.digits}f}" for value in gap)
+        over = "folds" if len({fold for fold, _ in cells[ours]}) > 1 else "the seeds of one split"
+        noise = ", inside the noise" if gap[1] <= 0 <= gap[2] else ""
+        yield f"- {name}: {mean}, 95 % interval over {over} [{low}, {high}]{noise}"
 
 
 CAPTION = """
@@ -813,160 +840,164 @@ term adds. ± is the standard deviation over the runs named; intervals over fold
 the training data that folds share (Nadeau and Bengio 2003)."""
 
 
+def lines_of(cells):
+    return [line for runs in cells.values() for line in runs.values()]
+
+
 def is_synthetic(cells):
-    return any(record["synthetic"] for cell in cells.values() for record in cell.values())
+    return any(line["synthetic"] for line in lines_of(cells))
+
+
+def changed_flags(table, args):
+    """What the command changes for all cells: ["k 10", "folds over clips"]. What a figure varies,
+    each of its cells sets."""
+    default, given = vars(parse([])), vars(args)
+    varied = changes(table.rows[0], table.columns[0])
+    shown = {*CHOICES, "lambdas", "labelled"} - varied.keys()
+    changed = [f"{key} {given[key]}" for key, value in default.items()
+               if key in shown and given[key] != value]
+    return changed + ["folds over clips"] * (args.folds == "clips")
 
 
 def format_table(table, cells, args):
     """The table in Markdown: for each column the paper's number and ours, then the paired
     differences, and what they say."""
     title, columns, rows, _ = table
-    records = [record for cell in cells.values() for record in cell.values()]
-    lines = [f"**{'SYNTHETIC DATA - ' * is_synthetic(cells)}{title}**", ""]
-    lines += [TABLE_I[dataset] for dataset in dict.fromkeys(column.dataset for column in columns)]
+    points, lines = points_of(table, cells), lines_of(cells)
+    text = [f"**{'SYNTHETIC DATA - ' * is_synthetic(cells)}{title}**", ""]
+    text += [TABLE_I[dataset] for dataset in dict.fromkeys(column.dataset for column in columns)]
     if columns[0].dataset == "features":
-        lines[-1] += f", fusion {', '.join(sorted({record['fusion'] for record in records}))}"
-    default = vars(parse([]))
-    always = set.intersection(*(set(changes(row, column)) for row, column in product(rows, columns)
-                                if is_student(row)))  # a flag that each cell sets is no one's
-    changed = [f"{key} {value}" for key, value in vars(args).items() if key not in always
-               and key in (*CHOICES, "lambdas", "labelled") and value not in (None, default[key])]
-    changed += ["folds over clips"] * (args.folds == "clips")
-    lines += [f"with {', '.join(changed)}"] * bool(changed)
+        text[-1] += f", fusion {', '.join(sorted({line['fusion'] for line in lines}))}"
+    if changed := changed_flags(table, args):
+        text.append(f"with {', '.join(changed)}")
 
     published = any(row.paper for row in rows)
-    heads = [head for column in columns
-             for head in ([f"{column.heading}: paper", "here"] if published else [column.heading])]
-    lines += ["", "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for i, row in enumerate(rows):
-        texts = [format_cell(column, row, cells[i, j]) for j, column in enumerate(columns)]
-        if published:
-            paper = row.paper or ["-"] * len(columns)
-            texts = [text for pair in zip(paper, texts, strict=True) for text in pair]
-        lines.append(f"| {row.label} | " + " | ".join(texts) + " |")
+    heads = [f"{column.heading}{': paper | here' * published}" for column in columns]
+    text += ["", f"| | {' | '.join(heads)} |", "|---" * (1 + len(columns) * (1 + published)) + "|"]
+    for row in rows:
+        shown = [row.label]
+        for column in columns:
+            cell = row.label, column.heading
+            paper = f"{row.paper.get(column.heading, '-')} | " * published
+            shown.append(paper + format_cell(row, column, cells[cell], points[cell]))
+        text.append(f"| {' | '.join(shown)} |")
 
-    lines.append("")
-    sizes = {(r["batch_size"], r["b"]) for r in records if r.get("b", 1e9) < r.get("batch_size", 0)}
-    for size, b in sorted(sizes):
-        lines.append(f"- fewer than {size} training samples: there batch size {size} is b = {b}")
+    text.append("")
+    sizes = {(line["batch_size"], line["b"]) for line in lines if "b" in line}
+    text += [f"- fewer than {size} training samples: there batch size {size} is b = {b}"
+             for size, b in sorted(sizes) if b < size]
     if len(args.lambdas) > 1:
-        lines += [f"- lambda chosen on validation, {row.label}, {column.heading}: "
-                  + ", ".join(f"{record['lambda']:g} (fold {fold}, seed {seed})"
-                              for (fold, seed), record in cells[i, j].items())
-                  for (i, row), (j, column) in product(enumerate(rows), enumerate(columns))
-                  if is_student(row) and "lambdas" not in row.ours
-                  and changes(row, column).get("method") != "none"]
-    differences = [format_gap(*gap) for gap in gaps(table, cells)]
-    lines += [*differences, CAPTION] if differences else []
-    return "\n".join(lines)
+        text += format_lambdas(table, cells)
+    differences = list(format_gaps(table, cells, points))
+    return "\n".join(text + differences + [CAPTION] * bool(differences))
+
+
+def format_lambdas(table, cells):
+    """A line for each cell whose students are chosen among several lambdas."""
+    for row, column in product(table.rows, table.columns):
+        change = changes(row, column)
+        if is_student(row) and "lambdas" not in change and change.get("method") != "none":
+            runs = cells[row.label, column.heading].items()
+            chosen = ", ".join(f"{line['lambda']:g} (fold {fold}, seed {seed})"
+                               for (fold, seed), line in runs)
+            yield f"- lambda chosen on validation, {row.label}, {column.heading}: {chosen}"
 
 
 def for_features(table, path):
     """A table's comparison on a features file: the same rows, the file's own metric, no number of
     the paper's."""
-    source = data.Features(path)
-    metrics = ["accuracy"] if source.task == "classification" else ["valence", "arousal"]
-    classes = source.outputs if source.task == "classification" else "va"
-    columns = [c._replace(heading=f"{c.series}{', ' * bool(c.series)}{Path(path).stem} {metric}",
-                          dataset="features", classes=classes, metric=metric)
-               for metric in metrics for c in table.columns if c[1:4] == table.columns[0][1:4]]
-    rows = [row._replace(paper=()) for row in table.rows if row.ours is not None]
+    affect, stem = data.Features(path).task == "regression", Path(path).stem
+    columns = [column._replace(name=f"{stem} {metric}", dataset="features", metric=metric)
+               for metric in (["valence", "arousal"] if affect else ["accuracy"])
+               for column in table.columns if column.name == table.columns[0].name]
+    rows = [row._replace(paper={}) for row in table.rows if row.ours is not None]
     title = table.title.partition(",")[0]  # without the data set
     return table._replace(title=title, columns=columns, rows=rows)
 
 
-def of_dataset(table, dataset):
-    """The columns of one data set."""
-    keep = [j for j, column in enumerate(table.columns) if column.dataset == dataset]
-    if not keep:
-        raise UserError(f"--dataset {dataset}: {table.title} has no column of it")
-    rows = [row._replace(paper=tuple(row.paper[j] for j in keep if row.paper))
-            for row in table.rows]
-    return table._replace(columns=[table.columns[j] for j in keep], rows=rows)
-
-
-def print_table(name, args):
-    table = {**TABLES, **FIGURES}[name]
+def choose_table(name, args):
+    """The table or figure of that name; under --dataset, of this data set alone."""
+    table = (TABLES | FIGURES)[name]
     if args.dataset == "features":
-        table = for_features(table, args.root)
-    elif args.dataset:
-        table = of_dataset(table, args.dataset)
+        return for_features(table, args.root)
+    if args.dataset:
+        columns = [column for column in table.columns if column.dataset == args.dataset]
+        table = table._replace(columns=columns)
+    if not table.columns:
+        raise UserError(f"--dataset {args.dataset}: {table.title} has no column of it")
     if args.root and len({column.dataset for column in table.columns}) > 1:
         raise UserError(f"--root {args.root}: {table.title} is of several data sets; "
                         "say which one with --dataset")
-    begin = time.time()
+    return table
+
+
+def print_table(name, args):
+    table, begin = choose_table(name, args), time.time()
     cells, problems = fill(table, args)
     if args.rank > 0:
         return table, cells
     print(format_table(table, cells, args))
-    seconds = {id(record): record["seconds"] for cell in cells.values() for record in cell.values()
-               if record["role"] == "student"}.values()  # two metrics of one run are one student
+    seconds = {id(line): line["seconds"] for line in lines_of(cells)
+               if line["role"] == "student"}.values()  # two metrics of one run are one student
     print(f"\n{time.time() - begin:.0f} s on {args.device}, torch {torch.__version__}; "
           f"{len(seconds)} students took {sum(seconds):.0f} s, whenever trained")
     if not any(cells.values()):
         raise UserError("; ".join(problems))
-    print("\n".join(problems), file=sys.stderr, end="\n" if problems else "")
+    for problem in problems:
+        print(problem, file=sys.stderr)
     return table, cells
 
 
-def pyplot():
-    """matplotlib, or None with a line that says so."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        print("matplotlib is not installed: no png")
-        return None
-    return pyplot
-
-
 def draw_figure(name, args):
-    """Figures 6, 7 and labels, as a table, as csv, and as png if matplotlib is installed: the
-    scores, and beside them the paired differences to a common reference with their band."""
+    """Figures 6, 7 and labels, as a table, as csv, and as png: the scores, and beside them the
+    paired differences to a common reference with their band."""
     table, cells = print_table(name, args)
     if args.rank > 0:
         return
-    title, columns, rows, reference = table
-    synthetic = is_synthetic(cells)
+    points, synthetic = points_of(table, cells), is_synthetic(cells)
     source = Path(args.root).stem if args.dataset == "features" else args.dataset
-    parts = [f"figure{name}", *filter(None, [source]), *["synthetic"] * synthetic]
-    path = args.out / "-".join(parts)
-
-    points = {}  # mean, sd, runs, difference to the reference, its low and high end
-    for (i, j), cell in cells.items():
-        pair = (metric_of(cells[key], columns[j]) for key in ((i, j), reference(i, j)))
-        points[i, j] = *summary(cell, columns[j]), len(cell), *(interval(*pair) or (math.nan,) * 3)
-    with data.replacing(path.with_suffix(".csv")) as part, open(part, "w", newline="") as file:
+    parts = [f"figure{name}", source, "synthetic" * synthetic]
+    path = (args.out / "-".join(filter(None, parts))).with_suffix(".csv")
+    with data.replacing(path) as part, open(part, "w", newline="") as file:
         write = csv.writer(file).writerow
-        write(["row", "column", "mean", "sd", "runs", "difference", "low", "high", "data"])
-        for (i, j), values in points.items():
-            write([rows[i].label, columns[j].heading, *values, "SYNTHETIC" * synthetic])
-    print(path.with_suffix(".csv"))
-    if (plot := pyplot()) is None:
-        return
+        write(["row", "column", *Point._fields, "data"])
+        for cell, point in points.items():
+            write([*cell, *point, "SYNTHETIC" * synthetic])
+    print(path)
+    save_picture(path, table.title, synthetic, draw_lines, table, points)
 
+
+def draw_lines(plot, table, points):
+    """A row of two axes for each unit: the scores, and the differences to the reference."""
+    _, columns, rows, reference = table
     units = ["accuracy (%)" if column.metric == "accuracy" else "CCC" for column in columns]
     panels = list(dict.fromkeys(units))  # valence and arousal share one
     figure, axes = plot.subplots(len(panels), 2, squeeze=False, layout="constrained",
                                  figsize=(10, 4 * len(panels)))
     x = [row.label.split()[-1] for row in rows]
-    for j, (column, unit) in enumerate(zip(columns, units, strict=True)):
+    for column, unit in zip(columns, units, strict=True):
         raw, paired = axes[panels.index(unit)]
-        series = [points[i, j] for i, _ in enumerate(rows)]
-        mean, sd, _, difference, low, high = zip(*series, strict=True)
+        line = [points[row.label, column.heading] for row in rows]
+        mean, sd, _, difference, low, high = zip(*line, strict=True)
         raw.errorbar(x, mean, sd, marker="o", capsize=3, label=column.heading)
         raw.set_ylabel(f"{unit}, mean ± sd")
         paired.plot(x, difference, marker="o", label=column.heading)
         paired.fill_between(x, low, high, alpha=0.15)
-        i, k = reference(0, j)
-        compared = columns[k].series if i == 0 else f"{rows[i].label} {columns[k].series}".strip()
-        paired.set_ylabel(f"difference to {compared}, 95 % band")
+        paired.set_ylabel(f"difference to {' '.join(filter(None, reference))}, 95 % band")
     for axis in axes.flat:
         axis.set_xlabel(rows[0].label.rpartition(" ")[0])
         axis.legend(fontsize="small")
-    save_picture(figure, path.with_suffix(".png"), title, synthetic)
+    return figure
 
 
-def save_picture(figure, path, title, synthetic):
+def save_picture(path, title, synthetic, draw, *what):
+    """The png of draw(pyplot, *what), if matplotlib is installed."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("matplotlib is not installed: no png")
+        return
+    figure, path = draw(pyplot, *what), path.with_suffix(".png")
     figure.suptitle("SYNTHETIC DATA - " * synthetic + title)
     with data.replacing(path) as part:
         figure.savefig(part, format="png", dpi=90)
@@ -977,17 +1008,15 @@ def figure_5(args):
     """Similarity matrices (Eq. 4) of the teacher, and of the student before, halfway through and
     after training, over up to 128 training samples, sorted by class or by valence."""
     args, dataset = one_lambda(args), args.dataset or "biovid_b"
-    classes = "va" if dataset == "affwild2" else None
-    fold, = (args.fold or ["1"])[:1]  # it shows one teacher
-    args = with_flags(args, fold=[fold.replace("all", "1")])
-    teacher, = ensure_teachers(*teacher_settings(dataset, classes, args), args)
+    args.fold = [args.fold[0].replace("all", "1")]  # it shows one teacher
+    teacher, = ensure_teachers(*teacher_settings(dataset, args), args)
     if args.rank > 0:
         return
-    args = train_teacher.alone(args)
+    args = alone(args)
     settings, features = teacher["settings"], open_features(teacher, args.device)
     epochs = identity(args, teacher)["epochs"]
 
-    train = train_teacher.fold_of(features, settings, dense=True).train
+    train = fold_of(features, settings, dense=True).train
     train = train.take(train.labelled)
     train = train.take(torch.linspace(0, len(train.index) - 1, min(len(train.index), 128)).long())
     rank = train.label if train.label.ndim == 1 else train.label[..., 0].nanmean(1)
@@ -1005,41 +1034,44 @@ def figure_5(args):
               f"mean |S - S_teacher| {(matrix - S['teacher']).abs().mean():.3f}")
     out = args.out / f"figure5-{dataset}{'-synthetic' * settings['synthetic']}.npz"
     with data.replacing(out) as part, open(part, "wb") as file:
-        np.savez(file, **{name: matrix.numpy() for name, matrix in S.items()})
+        np.savez(file, **S)
     print(out)
-    if (plot := pyplot()) is None:
-        return
-
-    figure, axes = plot.subplots(1, len(S), figsize=(3.2 * len(S), 3.6), layout="constrained")
-    for axis, (name, matrix) in zip(axes, S.items(), strict=True):
-        image = axis.imshow(matrix.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
-        axis.set(title=name, xlabel="training samples", ylabel="sorted by valence")
-        if train.label.ndim == 1:  # where each class lies
-            level, count = train.label.unique_consecutive(return_counts=True)
-            end = count.cumsum(0) - 0.5
-            names = [class_names(settings)[i] for i in level]
-            axis.set_xticks(end - count / 2, names)
-            axis.set_yticks(end - count / 2, names, rotation=90, va="center")
-            axis.set_ylabel("")
-            for edge in end[:-1]:
-                axis.axvline(edge, color="black", lw=0.8)
-                axis.axhline(edge, color="black", lw=0.8)
-    figure.colorbar(image, ax=axes, label="cosine similarity (Eq. 4)", shrink=0.8)
     title = f"Figure 5: similarity matrices, {dataset} fold {settings['fold']}"
-    save_picture(figure, out.with_suffix(".png"), title, settings["synthetic"])
+    names = class_names(settings) if settings["task"] == "classification" else None
+    save_picture(out, title, settings["synthetic"], draw_matrices, S, train.label, names)
+
+
+def draw_matrices(plot, S, label, names):
+    """The similarity matrices side by side; label (b,) and names say where each class lies."""
+    figure, axes = plot.subplots(1, len(S), figsize=(3.2 * len(S), 3.6), layout="constrained")
+    for axis, (title, matrix) in zip(axes, S.items(), strict=True):
+        image = axis.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r")
+        axis.set(title=title, xlabel="training samples")
+        if not names:
+            axis.set_ylabel("sorted by valence")
+            continue
+        level, count = label.unique_consecutive(return_counts=True)
+        end, shown = count.cumsum(0) - 0.5, [names[i] for i in level]
+        axis.set_xticks(end - count / 2, shown)
+        axis.set_yticks(end - count / 2, shown, rotation=90, va="center")
+        for edge in end[:-1]:
+            axis.axvline(edge, color="black", lw=0.8)
+            axis.axhline(edge, color="black", lw=0.8)
+    figure.colorbar(image, ax=axes, label="cosine similarity (Eq. 4)", shrink=0.8)
+    return figure
 
 
 def parse(argv=None):
     parser = Parser(__doc__)
-    add = parser.add_argument
+    add, at_least = parser.add_argument, train_teacher.at_least
+    count, number = at_least(1), at_least(0, float)
     add("--teacher", type=Path, metavar="FILE", help="default: the newest teacher.pt under --out")
-    add("--fold", nargs="+", choices=["1", "2", "3", "4", "5", "all"],
+    add("--fold", nargs="+", choices=[*"12345", "all"],
         help="the teacher's siblings of these folds; of a table, its folds (default all)")
     add("--method", choices=METHODS, default="pkdot", help="default pkdot")
-    at_least = train_teacher.at_least
-    add("--lambda", dest="lambdas", type=at_least(0, float), nargs="+", default=[0.4],
+    add("--lambda", dest="lambdas", type=number, nargs="+", default=[0.4],
         help="weight of W in Eq. 9; default 0.4; a table chooses among several on validation")
-    add("--k", type=at_least(1), default=30, help="anchors; default 30")
+    add("--k", type=count, default=30, help="anchors; default 30")
     add("--epsilon", type=at_least(1e-6, float), default=0.1, help="Eq. 5, in units of the cost "
         "1/2 |x - y|^2; default 0.1 (the release's blur 0.1 is 0.01)")
     add("--no-debias", dest="debias", action="store_false", help="Eq. 5 to the letter")
@@ -1047,29 +1079,31 @@ def parse(argv=None):
     add("--shared-anchors", dest="shared", action="store_true",
         help="one set of anchors for the batch instead of one a row")
     add("--batch-size", type=at_least(2), default=128, help="b in Eq. 1; default 128")
-    add("--lr", type=at_least(0, float), default=1e-4, help="default 1e-4")
-    add("--epochs", type=at_least(1), help="default 20 (the release's); 50 on a stand-in")
+    add("--lr", type=number, default=1e-4, help="default 1e-4")
+    add("--epochs", type=count,
+        help=f"default {EPOCHS} (the release's); {STAND_IN_EPOCHS} on a stand-in")
     add("--finetune", action="store_true", help="train the visual backbone too, from video")
-    add("--chunk", type=at_least(1), metavar="C",
+    add("--chunk", type=count, metavar="C",
         help="--finetune: clips that pass the backbone at a time; less memory, the same gradient")
     add("--select", choices=("val", "test", "last"), default="val", help="what chooses the epoch: "
         "held-out training subjects (default), the test fold (the release), or nothing")
     train_teacher.add_common_flags(parser)
-    job = parser.add_mutually_exclusive_group()
-    job.add_argument("--evaluate", type=Path, metavar="STUDENT.pt",
-                     help="a saved student's test score, from faces")
-    job.add_argument("--predict", type=Path, metavar="FOLDER",
-                     help="csv of a student's predictions for face crops")
-    job.add_argument("--table", choices=TABLES,
-                     help="the paper's table, or our choices; trains what is missing")
-    job.add_argument("--figure", choices=("5", *FIGURES), help="the paper's figure, likewise")
+    job = parser.add_mutually_exclusive_group().add_argument
+    job("--evaluate", type=Path, metavar="STUDENT.pt",
+        help="a saved student's test score, from faces")
+    job("--predict", type=Path, metavar="FOLDER",
+        help="csv of a student's predictions for face crops")
+    job("--table", choices=TABLES,
+        help="the paper's table, or our choices; trains what is missing")
+    job("--figure", choices=("5", *FIGURES), help="the paper's figure, likewise")
     add("--student", type=Path, metavar="STUDENT.pt", help="for --predict")
     add("--dataset", choices=data.DATASETS, help="the newest teacher's; of a table its columns")
-    add("--seeds", type=at_least(1), default=1, help="tables and figures: students a fold")
-    add("--labelled", type=at_least(1), metavar="N", help="tables and figures: of the teachers")
+    add("--seeds", type=count, default=1, help="tables and figures: students a fold")
+    add("--labelled", type=count, metavar="N", help="tables and figures: of the teachers")
     add("--folds", choices=("subjects", "clips"), help="tables and figures: of the teachers")
     add("--fresh", action="store_true", help="tables and figures: train the students again")
-    parser.set_defaults(transport=True, hallucinate="tnet")  # --table choices changes them
+    # what only a table changes
+    parser.set_defaults(transport=True, hallucinate="tnet", classes=None)
     return parser.parse_args(argv)
 
 
@@ -1082,11 +1116,11 @@ def main():
     if args.chunk and not args.finetune:
         raise UserError("--chunk is for --finetune; without it no clip passes the backbone")
     if args.evaluate:
-        evaluate(args.evaluate, train_teacher.one_voice(args))
+        evaluate(args.evaluate, one_voice(args))
     elif args.predict:
         if not args.student:
             raise UserError("--predict needs --student STUDENT.pt")
-        code = predict(args.predict, args.student, train_teacher.one_voice(args))
+        code = predict(args.predict, args.student, one_voice(args))
     elif args.table or args.figure:
         tabulate(args)
     else:
@@ -1101,14 +1135,14 @@ def tabulate(args):
                         "leave --method and --teacher out")
     if args.dataset == "features" and not args.root:
         raise UserError("--dataset features needs --root FILE.npz")
-    args.folds, args.resume = args.folds or "subjects", True  # what is trained already stays
-    if args.figure == "5":
-        return figure_5(args)
-    args.fold = args.fold or ["all"]
-    if args.figure:
-        draw_figure(args.figure, args)
-    else:
+    args.fold, args.folds = args.fold or ["all"], args.folds or "subjects"
+    args.resume = True  # what is trained already stays
+    if args.table:
         print_table(args.table, args)
+    elif args.figure == "5":
+        figure_5(args)
+    else:
+        draw_figure(args.figure, args)
 
 
 def distil_folds(args):
@@ -1121,20 +1155,22 @@ def distil_folds(args):
                         "--predict; leave them out")
     args = one_lambda(args)
     paths = siblings(args.teacher or newest_teacher(args), args.fold)
-    together = len(paths) == 1 and args.finetune
-    args = train_teacher.one_voice(args) if together else args
-    for path in paths if together else train_teacher.deal_out(paths, "students", args):
+    if args.finetune and len(paths) == 1:  # one that all ranks train together
+        args = one_voice(args)
+    else:
+        paths, args = deal_out(paths, "students", args), alone(args)
+    for path in paths:
         teacher = open_teacher(path)
         settings, found = teacher["settings"], teacher["scores"]
         if args.root and not args.finetune and str(Path(args.root)) != settings["root"]:
             raise UserError(f"{path}: is a teacher of {settings['root']}, not of {args.root}; "
                             "train one on it, or leave --root out")
-        if args.rank == 0 or not together:
+        if args.rank == 0:
             train_teacher.start_log(path.parent, settings)
         print(f"{path}, test: visual only {show(found['visual'])}, "
               f"teacher {show(found['multimodal'])}")
-        record = distil(teacher, args if together else train_teacher.alone(args))
-        print(f"{train_teacher.heading(settings)}, n = {record['n_test']}: "
+        record = distil(teacher, args)
+        print(f"{heading(settings)}, n = {record['n_test']}: "
               f"visual only (lower bound) {show(found['visual'])} | "
               f"student, {args.method} {show(record)} | "
               f"multimodal (upper bound) {show(found['multimodal'])}")
