@@ -1045,7 +1045,7 @@ def draw_matrices(plot, S, label, names):
     """The similarity matrices side by side; label (b,) and names say where each class lies."""
     figure, axes = plot.subplots(1, len(S), figsize=(3.2 * len(S), 3.6), layout="constrained")
     for axis, (title, matrix) in zip(axes, S.items(), strict=True):
-        image = axis.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r")
+        image = axis.imshow(matrix.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         axis.set(title=title, xlabel="training samples")
         if not names:
             axis.set_ylabel("sorted by valence")
