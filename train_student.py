@@ -180,7 +180,9 @@ def distil(teacher, args, keep_student=True, watch=None):
         test_names=features.name[fold.test.index[:, 0].numpy()].tolist())
     if fault:
         train_teacher.diverged(fault, "lower --lr or raise --epsilon", finished, state, args)
-    validation = criterion(score(features, fold.val, predict(fold.val)))
+    validation = best["score"]
+    if args.select == "test":
+        validation = criterion(score(features, fold.val, predict(fold.val)))
     output = predict(fold.test)
     found = score(features, fold.test, output)
     record = result_line(
