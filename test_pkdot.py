@@ -2153,6 +2153,25 @@ def test_a_student_is_evaluated_on_its_own_test_subjects_alone(biovid_run, stand
     assert f"lacks 1 of the student's {len(test)} test samples, first {test[0]}" in capsys.readouterr().err
 
 
+def test_an_evaluation_knows_the_test_samples_by_name_and_label(two_views, views_run, tmp_path, capsys):
+    """A file without its privileged view, in another order: the same score. Another file whose samples have
+    the same default numbers for names: refused, not scored."""
+    assert call(train_student, f"--out {views_run.parents[2]} --epochs 2 --method kl --device cpu") == 0
+    student = views_run / "student-kl.pt"
+    recorded = torch.load(student, weights_only=True)["scores"]
+    with np.load(two_views) as file:
+        arrays = {key: file[key] for key in ("visual", "label")}
+    order = np.random.default_rng(1).permutation(240)
+    np.savez(tmp_path / "again.npz", name=order, **{key: array[order] for key, array in arrays.items()})
+    capsys.readouterr()
+    assert call(train_student, f"--evaluate {student} --root {tmp_path}/again.npz") == 0
+    assert f"n = {recorded['n']}: student kl accuracy {recorded['accuracy']:.2f} %" in capsys.readouterr().out
+    np.savez(tmp_path / "other.npz", **{key: array[order] for key, array in arrays.items()})
+    assert call(train_student, f"--evaluate {student} --root {tmp_path}/other.npz") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{tmp_path}/other.npz" in error and "other labels" in error
+
+
 def test_a_finished_student_is_not_trained_again(views_run, capsys):
     line = f"--out {views_run.parents[2]} --epochs 2 --method cosine --device cpu --resume"
     assert call(train_student, line) == 0

@@ -175,9 +175,10 @@ def distil(teacher, args, keep_student=True, watch=None):
         raise RuntimeError("the frozen T-Net has changed during distillation")
     if best:
         trained.load_state_dict(best["model"])
+    tested = samples_of(features, fold.test)
     state = best and keep_student and dict(
         kind="student", settings=saved_as, model=snapshot(student),
-        test_names=features.name[fold.test.index[:, 0].numpy()].tolist())
+        test_names=[*tested], test_labels=fingerprint(tested))
     if fault:
         train_teacher.diverged(fault, "lower --lr or raise --epsilon", finished, state, args)
     validation = best["score"]
@@ -416,9 +417,19 @@ def evaluate(path, args):
                         f"samples, first {missing[0]}; give the --root it was trained on")
     windows = data.label_windows(source, source.label)
     windows = windows.take(np.isin(source.name[windows.index[:, 0].numpy()], wanted))
+    if fingerprint(samples_of(source, windows)) != state["test_labels"]:
+        raise UserError(f"{source.path}: its samples bear the names of the student's test samples, "
+                        "but other labels; give the --root it was trained on")
     found = score(source, windows, student_output(state, source, windows.index, args, "evaluate"))
     print(f"{heading(settings)}, n = {found['n']}: "
           f"student {settings['student_method']} {show(found)}")
+
+
+def samples_of(source, windows):
+    """{name: label} of samples, in the order of their names."""
+    names = source.name[windows.index[:, 0].numpy()]
+    order = names.argsort()
+    return dict(zip(names[order].tolist(), windows.label[order], strict=True))
 
 
 def class_names(settings):
