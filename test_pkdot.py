@@ -2711,7 +2711,8 @@ def test_a_killed_rank_ends_all_and_leaves_nothing_half_written(two_views, tmp_p
     assert code != 0 and time.monotonic() - begin < 15
     assert re.search(r"rank +: 1 .*\n.*exitcode +: -9", err)  # named by torchrun
     assert not re.search(r"rank0.*Traceback", err)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["log.jsonl"]
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"log.jsonl", "visual.progress"}
+    assert train_teacher.load(log.with_name("visual.progress"), "progress")["epoch"] >= 0
     assert all(json.loads(line) for line in log.read_text().splitlines())
 
 

@@ -48,6 +48,7 @@ from train_teacher import (
     alone,
     append_line,
     bar,
+    better,
     clip_loader,
     criterion,
     deal_out,
@@ -133,7 +134,7 @@ def distil(teacher, args, keep_student=True, watch=None):
         inputs = student_inputs(*seen, windows.index, batches, args)
         return train_teacher.answers(lambda x: getattr(forward(network, x), part), inputs, args)
 
-    first, best, fault, saved = 0, None, None, time.time()
+    first, best, fault = 0, None, None
     if resume and progress.exists():
         first, best = train_teacher.restore_progress(progress, saved_as, trained, optimizer)
     if watch:
@@ -156,16 +157,13 @@ def distil(teacher, args, keep_student=True, watch=None):
         trained.eval()
         chosen_on = fold.test if args.select == "test" else fold.val
         found = score(features, chosen_on, predict(chosen_on))
-        value = criterion(found)
-        if best is None or args.select == "last" or value > best["score"]:
-            best = dict(score=value, epoch=epoch, model=snapshot(trained))
+        before = None if args.select == "last" else best
+        best = better(before, criterion(found), epoch, trained)
 
         # keep
         if keep_student and args.rank == 0:
             log_epoch(run, args, choice["epochs"], epoch, *means, found)
-            if time.time() - saved > train_teacher.SAVE_EVERY:
-                train_teacher.keep_progress(progress, saved_as, epoch, trained, optimizer, best)
-                saved = time.time()
+            train_teacher.keep_progress(progress, saved_as, epoch, trained, optimizer, best)
         if watch:
             watch(epoch + 1, predict)
 

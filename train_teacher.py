@@ -358,7 +358,17 @@ def diverged(fault, advice, path, state, args):
     raise UserError(f"{fault}; {advice}{kept}")
 
 
+def better(best, score, epoch, model):
+    """The best epoch so far: the one before, or this one if its score is higher."""
+    if best and score <= best["score"]:
+        return best
+    return dict(score=score, epoch=epoch, model=snapshot(model))
+
+
 def keep_progress(path, settings, epoch, model, optimizer, best):
+    """What --resume goes on from, unless the file there is a few seconds old."""
+    if path.exists() and time.time() - path.stat().st_mtime < SAVE_EVERY:
+        return
     save(path, dict(kind="progress", settings=settings, epoch=epoch, model=model.state_dict(),
                     optimizer=optimizer.state_dict(), best=best))
 
@@ -533,7 +543,6 @@ def train_backbone(modality, source, fold, settings, args, folder):
 
     label, size = train.label.to(args.device), settings["batch_size"]
     validation = dealt(torch.arange(len(val.index)).split(size), args)
-    saved = time.time()
     for epoch in range(first, settings["backbone_epochs"]):
         start = time.time()
         seed_all(settings["seed"], stage, epoch + 1)
@@ -560,8 +569,7 @@ def train_backbone(modality, source, fold, settings, args, folder):
         agree(model, args)
         loader = clip_loader(source, modality, val.index, validation, args)
         found = score(source, val, answers(forward, loader, args))
-        if best is None or criterion(found) > best["score"]:
-            best = dict(score=criterion(found), epoch=epoch, model=snapshot(model))
+        best = better(best, criterion(found), epoch, model)
 
         if args.rank > 0:
             continue  # the first rank writes for all
@@ -570,9 +578,7 @@ def train_backbone(modality, source, fold, settings, args, folder):
         append_line(folder / "log.jsonl", line)  # before the progress: no epoch is left out
         print(f"{modality} epoch {epoch + 1:3d}  loss {means[0]:.4f}  val {show(found)}  "
               f"{seconds:.1f} s")
-        if time.time() - saved > SAVE_EVERY:
-            keep_progress(progress, settings, epoch, model, optimizer, best)
-            saved = time.time()
+        keep_progress(progress, settings, epoch, model, optimizer, best)
 
     state = best and dict(kind=modality, settings=settings, **best)
     if fault:
@@ -673,7 +679,7 @@ def train_fusion(features, fold, settings, args, run):
     def squared_error(rows):
         return (model["tnet"](visual[rows]) - privileged[rows]).square().mean((1, 2))
 
-    start = saved = time.time()
+    start = time.time()
     for epoch in bar(range(first, settings["fusion_epochs"]), "fusion"):
         seed_all(settings["seed"], 2, epoch + 1)
         order = torch.randperm(len(index)).to(args.device)
@@ -701,14 +707,11 @@ def train_fusion(features, fold, settings, args, run):
         found = score(features, fold.val, answers(fused, batches, args))
         mse = answers(squared_error, batches, args).mean().item()
         for name, value in (("head", criterion(found)), ("tnet", -mse)):
-            if best[name] is None or value > best[name]["score"]:
-                best[name] = dict(score=value, epoch=epoch, model=snapshot(model[name]))
+            best[name] = better(best[name], value, epoch, model[name])
 
         append_line(run / "log.jsonl", dict(stage="fusion", epoch=epoch + 1, loss=means[0],
                                             tnet_loss=means[1], tnet_val_mse=mse, **found))
-        if time.time() - saved > SAVE_EVERY:
-            keep_progress(progress, progress_of, epoch, model, optimizer, best)
-            saved = time.time()
+        keep_progress(progress, progress_of, epoch, model, optimizer, best)
 
     variance = privileged[fold.val.index].var(dim=(0, 1), correction=0).mean().item()
     head, tnet = best["head"], best["tnet"]
