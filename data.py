@@ -6,7 +6,7 @@ the stand-in.
     python data.py --crop video --root data/biovid_b              # face crops from its videos
 
 A data set is a sequence of *rows*: one row is one clip (F face frames and the privileged signal of
-the same span). Its attributes are arrays over the rows:
+the same span). Its attributes, arrays over the rows first:
 
     name    which clip this is
     label   int64 (R,), -1 where there is none; or float32 (R, 2), NaN where there is none
@@ -14,11 +14,14 @@ the same span). Its attributes are arrays over the rows:
     split   "train" or "test" where the data set fixes it, else None
     video   rows of one sequence are consecutive
     visual(row), privileged(row)   one clip's tensors, from disk
+    task, outputs   "classification" and the number of classes, or "regression" and 2
+    frame_label, frame_row   of regression: the frames that are scored, and whose rows they are
+    path, length, faults, describe()   root, rows a sample, what is wrong, counts in one line
 
 and a *sample* is a window of `length` consecutive rows of one sequence (`Windows`, `fold_windows`).
 
-What all scripts share lives here, too: `Parser`, `UserError` (what the user can mend), `run`, which
-turns errors into one line, and `replacing`, which never leaves half a file.
+What all scripts share lives here, too: `Parser`, `UserError` (a user's mistake), `run`, which turns
+errors into one line, and `replacing`, which never leaves half a file.
 """
 import argparse
 import json
@@ -65,7 +68,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class UserError(ValueError):
-    """What the user can mend: one line that says what, where and what to do; see `run`."""
+    """A user's mistake: one line that says what is wrong, where, and what to do; see `run`."""
 
 
 class Windows(NamedTuple):
@@ -281,7 +284,7 @@ def find_folder(root, *names, inside):
 
 @contextmanager
 def noting(faults):
-    """What the user can mend in this block becomes a line in `faults`, and the block ends there."""
+    """A user's mistake in this block becomes a line in `faults`, and the block ends there."""
     try:
         yield
     except (UserError, OSError) as error:
@@ -1225,7 +1228,7 @@ def main():
 
 
 def run(main):
-    """Call main; what the user can mend is one line on stderr and exit code 2 (Ctrl-C: 130)."""
+    """Call main; a user's mistake is one line on stderr and exit code 2 (Ctrl-C: 130)."""
     code = 2
     sys.stdout.reconfigure(errors="backslashreplace")  # files' names may be of any bytes
     try:
@@ -1237,7 +1240,7 @@ def run(main):
     except (UserError, OSError) as error:  # a DataLoader worker hands it on behind its traceback
         line = re.split(r"\n[\w.]*Error: ", str(error))[-1].strip()
         if isinstance(error, OSError):
-            line += "; mend it or give another path"
+            line += "; check the path, or give another"
             sys.stdout = open(os.devnull, "w")  # what it still holds must not fail again at exit
     except RuntimeError as error:
         if re.search("/gloo/|NCCL|TCPStore", str(error)):

@@ -3,7 +3,8 @@
 Letters: B batch, L clips per sample, F frames per clip, D = 512 feature width, m width of the
 representation z. A backbone folds the clips into the batch and returns (B, L, D); a fusion head
 takes two of those and returns Fused(output, z). In eval() no sample's output depends on the other
-samples of its batch. To add a backbone or a head: write its class and name it in the dict below it.
+samples of its batch. To add a visual backbone or a head: write its class and name it in VISUAL or
+HEADS; a head takes (outputs, length=, per_clip=), length being the clips of a sample.
 """
 import re
 from typing import NamedTuple
@@ -194,13 +195,7 @@ class FeatureMLP(Backbone):
         self.features = nn.Sequential(nn.Linear(in_dim, D), nn.ReLU(), nn.Linear(D, D))
 
 
-def visual_backbone(kind, width=None):
-    """width: of the vectors that an mlp takes."""
-    return FeatureMLP(width) if kind == "mlp" else {"r3d18": R3D18, "i3d": I3D}[kind]()
-
-
-def privileged_backbone(kind, width=None):
-    return FeatureMLP(width) if kind == "mlp" else SpectrogramResNet18()
+VISUAL = {"r3d18": R3D18, "i3d": I3D}  # by the name that --visual-backbone has for it
 
 
 class Unimodal(nn.Module):
@@ -246,7 +241,7 @@ class ConcatFusion(nn.Module):
     visual, privileged (B, L, 512) -> Fused: output (B, outputs), or (B, L, outputs) if per_clip.
     """
 
-    def __init__(self, outputs, per_clip=False):
+    def __init__(self, outputs, per_clip=False, length=None):
         super().__init__()
         self.per_clip = per_clip
         self.hidden = nn.Linear(2 * D, D)
@@ -311,7 +306,7 @@ class MultimodalTransformer(nn.Module):
     and att_p only the privileged features; use more clips for a sequence to attend over.
     """
 
-    def __init__(self, outputs, per_clip=False):
+    def __init__(self, outputs, per_clip=False, length=None):
         super().__init__()
         self.per_clip = per_clip
         self.encode_v, self.encode_p = (
@@ -331,11 +326,8 @@ class MultimodalTransformer(nn.Module):
         return Fused(self.classifier(h if self.per_clip else z), z)
 
 
-def fusion_head(kind, outputs, length, per_clip):
-    """One of Fig. 4's three heads, by the name that --fusion has for it."""
-    if kind == "jca":
-        return JointCrossAttention(outputs, length, per_clip)
-    return {"concat": ConcatFusion, "mmt": MultimodalTransformer}[kind](outputs, per_clip)
+# by the name that --fusion has for it
+HEADS = {"concat": ConcatFusion, "jca": JointCrossAttention, "mmt": MultimodalTransformer}
 
 
 class Student(nn.Module):
@@ -343,9 +335,9 @@ class Student(nn.Module):
 
     hallucinate: what stands in for the privileged features; "tnet", or for ablations "zero" and
     "oracle", which is given the true ones: no student, but what a perfect T-Net would allow.
-    chunk: how many clips pass the backbone at a time. Their activations are not kept but computed
-    again going backward (gradient caching), so that a batch of any size fits. Exact, since batch
-    norm is in eval mode when a student trains.
+    chunk: how many rows of `video` (clips) pass the backbone at a time. Their activations are not
+    kept but computed again going backward (gradient caching), so that a batch of any size fits.
+    Exact, since batch norm is in eval mode when a student trains.
     """
 
     def __init__(self, backbone, tnet, head, hallucinate="tnet", chunk=None):

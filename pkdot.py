@@ -29,7 +29,8 @@ def pkdot_loss(student, teacher, k=30, epsilon=0.1, debias=True, anchors="dissim
     the teacher. k: anchors, 1..b. epsilon: weight of the entropic term in Eq. 5, in units of the
     ground cost 1/2 |x - y|^2. debias: Sinkhorn divergence (zero when student equals teacher);
     False is Eq. 5 to the letter. anchors: "dissimilar" takes the k samples least similar in the
-    teacher (the paper), "similar" the most similar, "random" any (from torch's global generator).
+    teacher (the paper), "similar" the most similar (the first of a row's own is the row itself),
+    "random" any (from torch's global generator).
 
     shared=False: each row has anchors of its own (the authors' code). Column c is then another
     sample in each row, and what rows share is the level of their lowest similarities.

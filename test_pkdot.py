@@ -729,8 +729,8 @@ def test_a_constant_feature_is_only_centred():
 
 @pytest.mark.parametrize("visual, fusion", [("r3d18", "mmt"), ("i3d", "jca")])
 def test_student_needs_video_alone_and_no_other_sample(visual, fusion):
-    student = lively(models.Student(models.visual_backbone(visual), models.TNet(),
-                                    models.fusion_head(fusion, 2, length=1, per_clip=False)))
+    student = lively(models.Student(models.VISUAL[visual](), models.TNet(),
+                                    models.HEADS[fusion](2, length=1, per_clip=False)))
     video = torch.randint(0, 256, (3, 1, 3, 8, 32, 32), dtype=torch.uint8)
     assert_samples_are_independent(student, video)
     with torch.no_grad():
@@ -1883,7 +1883,7 @@ def refuse(error):
 @pytest.mark.parametrize("act, message", [
     (lambda tmp: refuse(UserError("a.npz: is damaged (SomeError: 3); mend it")),
      r"a.npz: is damaged \(SomeError: 3\); mend it"),
-    (lambda tmp: open(tmp / "none" / "a"), r"\[Errno 2\].*{tmp}/none/a.*; mend it or give another path"),
+    (lambda tmp: open(tmp / "none" / "a"), r"\[Errno 2\].*{tmp}/none/a.*; check the path, or give another"),
     (lambda tmp: os.makedirs(tmp / "file" / "runs"), r"\[Errno 20\].*{tmp}/file/runs.*another path"),
     (lambda tmp: refuse(OSError(28, "No space left on device")), r"\[Errno 28\] No space left on device; .*"),
     (lambda tmp: refuse(RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")),
@@ -2093,13 +2093,13 @@ def test_student_is_stage_1_frozen_tnet_and_a_fresh_head(biovid_run):
 
 def test_distillation_leaves_the_teacher_as_it_was(views_run, monkeypatch):
     """The teacher in memory, watched from its creation to the end of the run, and the files it came from."""
-    teachers, fusion_head = [], models.fusion_head
+    teachers, fusion_head = [], models.ConcatFusion
 
-    def watching(*settings):
-        teachers.append(fusion_head(*settings))
+    def watching(*settings, **more):
+        teachers.append(fusion_head(*settings, **more))
         return teachers[-1]
 
-    monkeypatch.setattr(models, "fusion_head", watching)
+    monkeypatch.setitem(models.HEADS, "concat", watching)
     before = {path.name: path.read_bytes() for path in views_run.iterdir() if path.suffix in (".pt", ".npz")}
     assert call(train_student, f"--out {views_run.parents[2]} --epochs 2 --method mse --device cpu") == 0
     saved = torch.load(views_run / "teacher.pt", weights_only=True)["head"]
@@ -2242,14 +2242,21 @@ def test_another_head_of_other_data_does_not_touch_the_backbones_that_are_there(
     before = {path: path.read_bytes() for path in views_run.glob("*.*") if path.suffix in (".pt", ".npz")}
     line = f"--dataset features --root {other} --out {views_run.parents[2]} --fusion mmt --backbone-epochs 1 --device cpu"
     assert call(train_teacher, line) == 2
-    assert f"{views_run / 'visual.pt'}: is a teacher of {two_views}" in capsys.readouterr().err
+    assert f"{views_run / 'visual.pt'} was trained with root {two_views}, not {other}" in capsys.readouterr().err
     assert len(before) >= 4 and before == {path: path.read_bytes() for path in before}
 
 
-def test_resume_refuses_other_settings(views_run, two_views, capsys):
-    line = f"--dataset features --root {two_views} --out {views_run.parents[2]} --resume --device cpu --fusion-epochs 5"
-    assert call(train_teacher, line + " --backbone-epochs 4") == 2
-    assert "backbone_epochs 3, not 4" in capsys.readouterr().err
+@pytest.mark.parametrize("resume", ["", "--resume"])
+@pytest.mark.parametrize("flags, named", [
+    ("--backbone-epochs 4 --fusion-epochs 5", "teacher.pt was trained with backbone_epochs 3, not 4"),
+    ("--fusion-epochs 6", "teacher.pt was trained with fusion_epochs 5, not 6"),
+    ("--fusion jca --lr 1e-4 --fusion-epochs 5", "visual.pt was trained with lr 0.001, not 0.0001")])
+def test_a_teacher_of_other_settings_is_never_overwritten(resume, flags, named, views_run, two_views, capsys):
+    before = {path: path.read_bytes() for path in views_run.glob("*.*") if path.suffix in (".pt", ".npz")}
+    line = f"--dataset features --root {two_views} --out {views_run.parents[2]} --device cpu --backbone-epochs 3 {resume}"
+    assert call(train_teacher, f"{line} {flags}") == 2
+    assert named in capsys.readouterr().err
+    assert len(before) >= 4 and before == {path: path.read_bytes() for path in before}
 
 
 def test_finetuning_trains_the_backbone_from_video(biovid_run):
@@ -2916,7 +2923,7 @@ def test_more_pairs_leave_stage_1_as_it_is(pairs, pairs_run, monkeypatch, tmp_pa
     more = {"visual": rng.normal(size=(40, 1, 12)).astype(np.float32), "label": np.full(40, -1),
             "privileged": rng.normal(size=(40, 1, 9)).astype(np.float32), "group": train[:40]}
     arrays = arrays | {"group": np.arange(240)}
-    monkeypatch.setattr(train_teacher, "statistics", lambda batches: (torch.zeros(()), torch.ones(())))
+    monkeypatch.setattr(train_teacher, "mean_and_std", lambda batches: (torch.zeros(()), torch.ones(())))
     saved = [run_on(content, tmp_path / name)[1] for name, content in (
         ("few", arrays), ("many", {key: np.concatenate([arrays[key], more[key]]) for key in arrays}))]
     for name in ("visual", "privileged"):
@@ -3133,7 +3140,8 @@ def cells_of(table, **found):
     cells = {(row, column): {} for row in rows for column in columns}
     for label, runs in found.items():
         cells[next(name for name in rows if name.startswith(label)), columns[0]] = {
-            key: {"accuracy": value, "synthetic": False} for key, value in runs.items()}
+            key: {"accuracy": value, "synthetic": False, "dataset": table.columns[0].dataset, "fusion": "concat"}
+            for key, value in runs.items()}
     return cells
 
 
@@ -3151,10 +3159,18 @@ def test_a_known_table():
     # folds' means 2 and 5: mean 3.5, variance 4.5, Nadeau and Bengio's (1/2 + 1/4) 4.5 = 1.8371^2, t(0.975, 1) = 12.7062
     assert ("- PKDOT minus Cosine similarity [10], BioVid (B) accuracy: +3.50, "
             "95 % interval over folds [-19.84, +26.84], inside the noise") in lines
+    assert lines[2].endswith("WES, fusion concat") and lines[3].endswith("WES, fusion -")  # what ran, and what did not
     assert "SYNTHETIC" not in text
     for record in cells["Cosine similarity [10]", "BioVid (B) accuracy"].values():
         record["synthetic"] = True
     assert train_student.format_table(table, cells, args).startswith("**SYNTHETIC DATA - ")
+
+
+def test_a_difference_without_spread_is_not_called_significant():
+    table = train_student.TABLES["5"]
+    cells = cells_of(table, PKDOT={(1, 0): 80.0, (2, 0): 70.0}, none={(1, 0): 82.5, (2, 0): 72.5})
+    text = train_student.format_table(table, cells, train_student.parse([]))
+    assert "-2.50, 95 % interval over folds [-2.50, -2.50], inside the noise" in text
 
 
 def test_seeds_are_what_varies_with_a_single_fold():
@@ -3264,7 +3280,7 @@ def test_a_table_stands_on_the_teachers_that_are_there(two_views, tmp_path, caps
     table = f"--table 5 --dataset features --root {two_views} --out {tmp_path} --epochs 1 --device cpu --batch-size 64"
     assert call(train_student, table) == 0
     out = capsys.readouterr().out
-    assert "features: teachers with backbone_epochs 1, fusion_epochs 2, fusion mmt\n" in out
+    assert "- features/c4-mmt: teachers with backbone_epochs 1, fusion_epochs 2, fusion mmt\n" in out
     assert "privileged, fusion mmt\n" in out
     folds = [train_teacher.load(path, "teacher")["settings"] for path in tmp_path.glob("features/*/fold*/teacher.pt")]
     assert len(folds) == 5 and {(s["fusion"], s["fusion_epochs"]) for s in folds} == {("mmt", 2)}

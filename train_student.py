@@ -47,6 +47,7 @@ from pkdot import (
 from train_teacher import (
     alone,
     append_line,
+    autocast,
     bar,
     better,
     clip_loader,
@@ -106,7 +107,7 @@ def distil(teacher, args, keep_student=True, watch=None):
         raise UserError(f"--method {args.method} compares class probabilities, and valence/arousal "
                         "has none; choose another method")
 
-    features = open_features(teacher, device)
+    features = teacher_features(teacher, device)
     fold = fold_of(features, settings, dense=True)
     index = fold.train.index
     samples, b = len(index), min(args.batch_size, len(index))
@@ -125,7 +126,7 @@ def distil(teacher, args, keep_student=True, watch=None):
     over_ranks = train_teacher.spread(network, args)
 
     def forward(network, x):
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+        with autocast(args, args.amp):
             output, z = network(*x)
         return Fused(output.float(), z.float())
 
@@ -146,8 +147,8 @@ def distil(teacher, args, keep_student=True, watch=None):
         shares = [train_teacher.share(batch, args) for batch in batches]
         inputs = student_inputs(*seen, index, shares, args)
         trained["head"].train()  # a backbone's batch norm keeps the statistics of stage 1
-        answers = (forward(over_ranks, x) for x in inputs)
-        terms = train_epoch(answers, batches, label, targets, optimizer, args)
+        fused = (forward(over_ranks, x) for x in inputs)
+        terms = train_epoch(fused, batches, label, targets, optimizer, args)
         means, fault = train_teacher.step_means(terms, ["L_gt", "W"], epoch)
         if fault:
             break
@@ -193,14 +194,14 @@ def distil(teacher, args, keep_student=True, watch=None):
     return record
 
 
-def train_epoch(answers, batches, label, teacher, optimizer, args):
+def train_epoch(fused, batches, label, teacher, optimizer, args):
     """The steps of one epoch; returns L_gt and W of each.
 
-    answers: the student's Fused of this rank's share of each batch, computed as it is asked for;
+    fused: the student's Fused of this rank's share of each batch, computed as it is asked for;
     label (S, ...) and the teacher's Fused (S, ...) are of all windows.
     """
     terms = []
-    for batch, s in zip(batches, answers, strict=True):
+    for batch, s in zip(batches, fused, strict=True):
         batch = batch.to(args.device)
         s = Fused(*(train_teacher.gather(part, len(batch), args) for part in s))
         t = Fused(*(part[batch] for part in teacher))
@@ -208,8 +209,10 @@ def train_epoch(answers, batches, label, teacher, optimizer, args):
         loss_gt = task_loss(s.output, label[batch])  # Eq. 7 or 8
         try:
             W = METHODS[args.method](s, t, args)
-        except ValueError:  # a representation is not finite; nor is what follows
-            W = loss_gt * math.nan
+        except ValueError:
+            if s.z.isfinite().all():
+                raise
+            W = loss_gt * math.nan  # diverged: `step_means` says where
         loss = loss_gt + args.lam * W  # Eq. 9
 
         optimizer.zero_grad()
@@ -334,7 +337,7 @@ def visual_weights(teacher):
     return weights
 
 
-def open_features(teacher, device):
+def teacher_features(teacher, device):
     """The features that a teacher was trained on."""
     features = train_teacher.open_features(teacher["stage 1"], teacher["settings"], device)
     if features.backbones != teacher["backbones"]:
@@ -388,14 +391,13 @@ def student_output(state, source, index, args, text):
     student.load_state_dict(state["model"])
     student.to(args.device).eval()
     amp = settings["student_amp"]
-    precision = functools.partial(torch.autocast, args.device.type, torch.bfloat16)
     batches = dealt(torch.arange(len(index)).split(32), args)
     loader = clip_loader(source, "visual", index, batches, args)
 
     def forward(clips):
-        with precision(enabled=amp if settings["student_finetune"] else settings["amp"]):
+        with autocast(args, amp if settings["student_finetune"] else settings["amp"]):
             features = student.backbone(clips.to(args.device))
-        with precision(enabled=amp):
+        with autocast(args, amp):
             return student.fuse(features.float()).output
 
     return train_teacher.answers(forward, bar(loader, text), args)
@@ -428,9 +430,9 @@ def samples_of(source, windows):
 
 
 def class_names(settings):
-    """BL1, PA1 ...; the classes of a features file have numbers."""
-    numbers = range(settings["outputs"])
-    return numbers if settings["dataset"] == "features" else data.BioVid.levels(len(numbers))
+    """BL1, PA1 ... of BioVid; other classes have numbers."""
+    outputs, biovid = settings["outputs"], settings["dataset"] in data.BioVid.COLUMN
+    return data.BioVid.levels(outputs) if biovid else range(outputs)
 
 
 def predict(folder, path, args):
@@ -490,12 +492,9 @@ class Table(NamedTuple):
 
 
 TABLE_I = {
-    "biovid_a": "BioVid (A): visual (weak, prevalent) + EDA (strong, privileged), "
-                "feature concatenation, SEW",
-    "biovid_b": "BioVid (B): visual (strong, prevalent) + EMG (weak, privileged), "
-                "multimodal transformer, WES",
-    "affwild2": "Affwild2: visual (strong, prevalent) + audio (weak, privileged), "
-                "joint cross attention, WES",
+    "biovid_a": "BioVid (A): visual (weak, prevalent) + EDA (strong, privileged), SEW",
+    "biovid_b": "BioVid (B): visual (strong, prevalent) + EMG (weak, privileged), WES",
+    "affwild2": "Affwild2: visual (strong, prevalent) + audio (weak, privileged), WES",
     "features": "features file: visual (prevalent) + privileged"}
 
 # What stands beside the paper's number in a row: a bound, or a student by its flags. Others' work
@@ -577,8 +576,9 @@ TABLES = {
         "not debiased (Eq. 5)": {"debias": False},
         "T-Net's output zero": {"hallucinate": "zero"},
         "true privileged features (no student)": {"hallucinate": "oracle"},
+        "backbone frozen": {"finetune": False},
         "backbone trained": {"finetune": True},
-        **{f"lambda {x:g}": {"lambdas": [x]} for x in (0.0, 0.1, 1.0, 4.0, 10.0)},
+        **{f"lambda {x:g}": {"lambdas": [x]} for x in (0.1, 1.0, 4.0, 10.0)},
         "epoch chosen on the test fold": {"select": "test"},
         "folds over clips": {"folds": "clips"},
         "the release's lambda and epsilon": {"lambdas": [0.6], "epsilon": 0.01},
@@ -636,19 +636,20 @@ def undefined(row, column):
 
 def fill(table, args):
     """Trains what the table lacks, teachers included. Returns {(row, column): {(fold, seed):
-    results line}} by label and heading, and why data sets are missing. A bound has a run a fold, of
-    seed None."""
-    cells, problems = {}, {}
+    results line}} by label and heading, what is not the default in its teachers, and why data sets
+    are missing. A bound has a run a fold, of seed None."""
+    cells, notes, problems = {}, [], {}
     jobs = []  # a cell's runs, which of them, and the students that it is chosen from
 
     @functools.cache
     def teachers_of(dataset, classes, labelled, folds):
         flags = with_flags(args, classes=classes, labelled=labelled, folds=folds)
         try:
-            found = teacher_settings(dataset, flags)
+            *found, note = teacher_settings(dataset, flags)
         except UserError as error:
             problems[str(error)] = f"{dataset} not run: {error}"
             return []
+        notes.extend(note)
         return ensure_teachers(*found, flags)
 
     for row, column in product(table.rows, table.columns):
@@ -675,7 +676,7 @@ def fill(table, args):
         lines = [line for student in students if (line := student_of(*student, known))]
         if lines:
             runs[run] = max(lines, key=lambda line: line["validation"])
-    return cells, list(problems.values())
+    return cells, notes, list(problems.values())
 
 
 def train_missing(students, args, problems):
@@ -703,8 +704,8 @@ def student_of(teacher, args, known):
 
 
 def teacher_settings(dataset, args):
-    """A table's data set, and {teacher.pt: settings} of its teachers, one a fold: like the newest
-    teacher that is there, or train_teacher.py's defaults."""
+    """A table's data set, {teacher.pt: settings} of its teachers, one a fold: like the newest
+    teacher that is there, or train_teacher.py's defaults; and a note of what is not the default."""
     given = {key: vars(args)[key] for key in (
         "root", "synthetic", "classes", "amp", "labelled", "folds", "face_start")}
     settings, source = make_settings(dataset, **given)
@@ -719,13 +720,16 @@ def teacher_settings(dataset, args):
     newest = next((old for old in there if all(old[key] == settings[key] for key in same)), {})
     changed = {key: value for key, value in newest.items()
                if key not in ("fold", "data") and value != settings[key]}
+    note = []
     if changed:
-        print(f"{dataset}: teachers with {', '.join(f'{k} {v}' for k, v in changed.items())}")
         settings, source = make_settings(dataset, **given | changed)
+        note = [f"- {dataset}/{train_teacher.variant(settings)}: teachers with "
+                + ", ".join(f"{key} {value}" for key, value in changed.items())]
     wanted = [settings | {"fold": fold} for fold in folds]
     for one in wanted:
         fold_of(source, one)  # or one line says why not
-    return source, {train_teacher.run_folder(one, args.out) / "teacher.pt": one for one in wanted}
+    paths = {train_teacher.run_folder(one, args.out) / "teacher.pt": one for one in wanted}
+    return source, paths, note
 
 
 def ensure_teachers(source, wanted, args):
@@ -747,7 +751,7 @@ def interval(ours, theirs):
 
     Seeds of one fold share its teacher and its test samples, so that a fold's differences are
     averaged first; with a single fold the seeds are what is left to vary. Folds share training
-    data: their variance is corrected as by Nadeau and Bengio (2003), 1/J + n_test/n_train for 1/J,
+    data: in their variance the factor 1/J becomes 1/J + n_test/n_train (Nadeau and Bengio 2003),
     where a fifth of the data is for testing and the held-out groups count as training data.
     """
     by_fold = {}
@@ -837,7 +841,8 @@ def format_gaps(table, cells, points):
             continue
         mean, low, high = (f"{value:+.{column.digits}f}" for value in gap)
         over = "folds" if len({fold for fold, _ in cells[ours]}) > 1 else "the seeds of one split"
-        noise = ", inside the noise" if gap[1] <= 0 <= gap[2] else ""
+        inside = gap[1] <= 0 <= gap[2] or gap[1] == gap[2]  # two equal differences prove nothing
+        noise = ", inside the noise" if inside else ""
         yield f"- {name}: {mean}, 95 % interval over {over} [{low}, {high}]{noise}"
 
 
@@ -873,9 +878,9 @@ def format_table(table, cells, args):
     title, columns, rows, _ = table
     points, lines = points_of(table, cells), lines_of(cells)
     text = [f"**{'SYNTHETIC DATA - ' * is_synthetic(cells)}{title}**", ""]
-    text += [TABLE_I[dataset] for dataset in dict.fromkeys(column.dataset for column in columns)]
-    if columns[0].dataset == "features":
-        text[-1] += f", fusion {', '.join(sorted({line['fusion'] for line in lines}))}"
+    for dataset in dict.fromkeys(column.dataset for column in columns):
+        heads = sorted({line["fusion"] for line in lines if line["dataset"] == dataset})
+        text.append(f"{TABLE_I[dataset]}, fusion {', '.join(heads) or '-'}")
     if changed := changed_flags(table, args):
         text.append(f"with {', '.join(changed)}")
 
@@ -941,10 +946,10 @@ def choose_table(name, args):
 
 def print_table(name, args):
     table, begin = choose_table(name, args), time.time()
-    cells, problems = fill(table, args)
+    cells, notes, problems = fill(table, args)
     if args.rank > 0:
         return table, cells
-    print(format_table(table, cells, args))
+    print(format_table(table, cells, args), *notes, sep="\n")
     seconds = {id(line): line["seconds"] for line in lines_of(cells)
                if line["role"] == "student"}.values()  # two metrics of one run are one student
     print(f"\n{time.time() - begin:.0f} s on {args.device}, torch {torch.__version__}; "
@@ -1021,11 +1026,12 @@ def figure_5(args):
     after training, over up to 128 training samples, sorted by class or by valence."""
     args, dataset = one_lambda(args), args.dataset or "biovid_b"
     args.fold = [args.fold[0].replace("all", "1")]  # it shows one teacher
-    teacher, = ensure_teachers(*teacher_settings(dataset, args), args)
+    source, wanted, _ = teacher_settings(dataset, args)
+    teacher, = ensure_teachers(source, wanted, args)
     if args.rank > 0:
         return
     args = alone(args)
-    settings, features = teacher["settings"], open_features(teacher, args.device)
+    settings, features = teacher["settings"], teacher_features(teacher, args.device)
     epochs = identity(args, teacher)["epochs"]
 
     train = fold_of(features, settings, dense=True).train

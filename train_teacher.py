@@ -84,6 +84,18 @@ def choose_device(name, amp=False):
     return device
 
 
+def autocast(args, enabled):
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=enabled)
+
+
+# Under torchrun there are args.world processes, of numbers args.rank; else one, of number 0.
+#     several trainings    deal_out(jobs): which of them are this rank's; each is trained `alone`
+#     one training         share(batch): this rank's part of a batch; gather(x): the whole batch's
+#                          rows; spread(model): DistributedDataParallel; agree(model): equal
+#                          statistics; one_voice: the first rank alone prints
+#     evaluation           dealt(batches): this rank's; answers(...): the outputs of all
+
+
 def join_ranks(args):
     """Sets args.rank, args.world and the device; under torchrun, the ranks meet here."""
     args.rank, args.world = RANK, WORLD
@@ -386,9 +398,8 @@ def same_settings(state, settings, path):
     for key in dict.fromkeys(("root", "data", *settings, *state["settings"])):
         old, new = state["settings"].get(key), settings.get(key)
         if old != new:
-            again = ", or train again without --resume" if key != "root" else ""
             raise UserError(f"{path} was trained with {key} {old}, not {new}; "
-                            f"use the same flags, or another --out{again}")
+                            "use the same flags, or another --out, or delete its folder")
 
 
 # ------------------------------------------------------------------------------ the two stages
@@ -492,14 +503,16 @@ def per_clip(settings):
 
 
 def make_backbone(modality, settings):
-    kind = "mlp" if settings["dataset"] == "features" else settings["visual_backbone"]
-    make = models.visual_backbone if modality == "visual" else models.privileged_backbone
-    return make(kind, settings.get(f"{modality}_dim"))
+    if settings["dataset"] == "features":
+        return models.FeatureMLP(settings[f"{modality}_dim"])
+    if modality == "visual":
+        return models.VISUAL[settings["visual_backbone"]]()
+    return models.SpectrogramResNet18()
 
 
 def make_head(settings):
-    return models.fusion_head(settings["fusion"], settings["outputs"], settings["length"],
-                              per_clip(settings))
+    head = models.HEADS[settings["fusion"]]
+    return head(settings["outputs"], length=settings["length"], per_clip=per_clip(settings))
 
 
 def train_backbone(modality, source, fold, settings, args, folder):
@@ -514,12 +527,10 @@ def train_backbone(modality, source, fold, settings, args, folder):
     model = models.Unimodal(backbone, settings["outputs"], per_clip(settings))
     if path.exists():
         state = load(path, modality)
-        if args.resume:
-            same_settings(state, settings, path)
-        if state["settings"] == settings:
-            print(f"{path} is finished; delete it to train it again")
-            model.load_state_dict(state["model"])
-            return model.to(args.device)
+        same_settings(state, settings, path)
+        print(f"{path} is finished; delete it to train it again")
+        model.load_state_dict(state["model"])
+        return model.to(args.device)
 
     train, val = fold.train.take(fold.train.labelled), fold.val
     if modality == "visual" and settings["weights"]:
@@ -527,7 +538,7 @@ def train_backbone(modality, source, fold, settings, args, folder):
     if isinstance(backbone, (models.FeatureMLP, models.SpectrogramResNet18)):
         index = fold.train.index
         every = clip_loader(source, modality, index, torch.arange(len(index)).split(64), args)
-        backbone.standardise(*statistics(every))
+        backbone.standardise(*mean_and_std(every))
     model.to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings["lr"], fused=True)
     first, best, fault = 0, None, None
@@ -537,7 +548,7 @@ def train_backbone(modality, source, fold, settings, args, folder):
 
     def forward(clips):
         network = ranks if model.training else model
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=settings["amp"]):
+        with autocast(args, settings["amp"]):
             output = network(clips.to(args.device, non_blocking=True))
         return output.float()
 
@@ -612,7 +623,7 @@ def load_public_weights(backbone, weights):
           f"not in it, trained from scratch: {', '.join(missing) or 'nothing'}")
 
 
-def statistics(batches):
+def mean_and_std(batches):
     """Mean and standard deviation of the training part: one value for spectrograms, one per feature
     for vectors."""
     count, total, squares = 0, 0.0, 0.0
@@ -636,7 +647,7 @@ def extract_features(backbones, weights, source, settings, args, path):
         backbone.eval()
 
         def forward(clips, backbone=backbone):
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=settings["amp"]):
+            with autocast(args, settings["amp"]):
                 return backbone(clips.to(args.device, non_blocking=True))[:, 0]
 
         loader = bar(clip_loader(source, modality, every[:, None], batches, args), modality)
@@ -744,11 +755,9 @@ def train_teacher(settings, source, args):
     start = time.time()
     run = run_folder(settings, args.out)
     folder, path = stage_1_folder(run, settings), run / "teacher.pt"
-    for kind, there in (("visual", folder / "visual.pt"), ("teacher", path)):
-        old = load(there, kind) if there.exists() else None
-        if old and old["settings"]["root"] != settings["root"]:  # of another head's teacher, too
-            raise UserError(f"{there}: is a teacher of {old['settings']['root']}, not of "
-                            f"{settings['root']}; give another --out")
+    old = load(path, "teacher") if path.exists() else None
+    if old:
+        same_settings(old, settings, path)
     fold = fold_of(source, settings)
     run.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -763,7 +772,7 @@ def train_teacher(settings, source, args):
               for modality in ("visual", "privileged")}
     backbones = {modality: model.backbone for modality, model in single.items()}
     weights = "-".join(fingerprint(backbone.state_dict()) for backbone in backbones.values())
-    if args.resume and old and (old["settings"], old["backbones"]) == (settings, weights):
+    if args.resume and old and old["backbones"] == weights:
         print(f"{path} is finished")
         return old["scores"]
 
@@ -817,11 +826,11 @@ def parse(argv=None):
     add("--folds", choices=("subjects", "clips"), help="what folds divide; clips, as the authors' "
         "code does, puts a person into training and test; default subjects")
     add("--labelled", type=at_least(1), metavar="N", help="keep the labels of N training samples; "
-        "the others are pairs of modalities without a label; default: all labels")
+        "the others are pairs without a label; validation keeps all of its own; default all")
     add("--clips", dest="length", type=at_least(1),
         help="clips per sample; default: BioVid 1, Affwild2 8")
-    add("--fusion", choices=("concat", "jca", "mmt"), help="Fig. 4; default: Table I's")
-    add("--visual-backbone", choices=("r3d18", "i3d"), help="default: BioVid r3d18, Affwild2 i3d")
+    add("--fusion", choices=models.HEADS, help="Fig. 4; default: Table I's")
+    add("--visual-backbone", choices=models.VISUAL, help="default: BioVid r3d18, Affwild2 i3d")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--visual-weights", dest="weights", metavar="FILE",
                          help="state dict to start the visual backbone from")
