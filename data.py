@@ -16,7 +16,8 @@ the same span). Its attributes, arrays over the rows first:
     visual(row), privileged(row)   one clip's tensors, from disk
     task, outputs   "classification" and the number of classes, or "regression" and 2
     frame_label, frame_row   of regression: the frames that are scored, and whose rows they are
-    path, length, faults, describe()   root, rows a sample, what is wrong, counts in one line
+    path, length, faults, describe(), check()   root, rows a sample, what is wrong, counts in one
+            line, what is wrong inside the files
 
 and a *sample* is a window of `length` consecutive rows of one sequence (`Windows`, `fold_windows`).
 
@@ -735,11 +736,16 @@ class Features:
     """
 
     faults, split = (), None
+    KEYS = {"visual", "privileged", "label", "group", "split", "name", "video", "frame_label",
+            "frame_row", "backbones"}
 
     def __init__(self, path, length=None, privileged=True, labelled=True):
         self.path, self.rows = Path(path), {}
         needed = {"visual": True, "privileged": privileged, "label": labelled}
         arrays = read_arrays(path, needed)
+        if strays := sorted(arrays.keys() - self.KEYS):  # a group that is misspelt would be a leak
+            raise UserError(f"{path}: holds {strays[0]}, which nothing reads; rename it to one of "
+                            f"{', '.join(sorted(self.KEYS))}, or leave it out")
         count, clips = (*arrays["visual"].shape, 0, 0)[:2]
         for key in ("visual", "privileged") if privileged else ("visual",):
             array = arrays[key]

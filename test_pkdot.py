@@ -2153,6 +2153,16 @@ def test_a_student_is_evaluated_on_its_own_test_subjects_alone(biovid_run, stand
     assert f"lacks 1 of the student's {len(test)} test samples, first {test[0]}" in capsys.readouterr().err
 
 
+def test_a_misspelt_array_is_named_instead_of_ignored(two_views, tmp_path, capsys):
+    """groups for group would put one person into training and test."""
+    with np.load(two_views) as file:
+        np.savez(tmp_path / "a.npz", groups=np.arange(240) // 4, **file)
+    for script, line in ((data, f"--check features --root {tmp_path}/a.npz"),
+                         (train_teacher, f"--dataset features --root {tmp_path}/a.npz --out {tmp_path} --device cpu")):
+        assert call(script, line) == 2
+        assert f"{tmp_path}/a.npz: holds groups, which nothing reads" in capsys.readouterr().err
+
+
 def test_an_evaluation_knows_the_test_samples_by_name_and_label(two_views, views_run, tmp_path, capsys):
     """A file without its privileged view, in another order: the same score. Another file whose samples have
     the same default numbers for names: refused, not scored."""

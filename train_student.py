@@ -880,7 +880,8 @@ def format_table(table, cells, args):
     text = [f"**{'SYNTHETIC DATA - ' * is_synthetic(cells)}{title}**", ""]
     for dataset in dict.fromkeys(column.dataset for column in columns):
         heads = sorted({line["fusion"] for line in lines if line["dataset"] == dataset})
-        text.append(f"{TABLE_I[dataset]}, fusion {', '.join(heads) or '-'}")
+        mixed = " (teachers of several heads: their cells do not compare)" * (len(heads) > 1)
+        text.append(f"{TABLE_I[dataset]}, fusion {', '.join(heads) or '-'}{mixed}")
     if changed := changed_flags(table, args):
         text.append(f"with {', '.join(changed)}")
 
