@@ -171,10 +171,11 @@ def distil(teacher, args, keep_student=True, watch=None):
     # finish: the test fold, once; the score of the validation part, by which a table chooses lambda
     if best:
         trained.load_state_dict(best["model"])
-    tested = samples_of(features, fold.test)
-    state = best and keep_student and dict(
-        kind="student", settings=saved_as, model=snapshot(student),
-        test_names=[*tested], test_labels=fingerprint(tested))
+    state = None
+    if best and keep_student:
+        tested = samples_of(features, fold.test)
+        state = dict(kind="student", settings=saved_as, model=snapshot(student),
+                     test_names=[*tested], test_labels=fingerprint(tested))
     if fault:
         train_teacher.diverged(fault, "lower --lr or raise --epsilon", finished, state, args)
     validation = best["score"]
@@ -1027,10 +1028,12 @@ def figure_5(args):
     after training, over up to 128 training samples, sorted by class or by valence."""
     args, dataset = one_lambda(args), args.dataset or "biovid_b"
     args.fold = [args.fold[0].replace("all", "1")]  # it shows one teacher
-    source, wanted, _ = teacher_settings(dataset, args)
-    teacher, = ensure_teachers(source, wanted, args)
+    *found, note = teacher_settings(dataset, args)
+    teacher, = ensure_teachers(*found, args)
     if args.rank > 0:
         return
+    for line in note:
+        print(line)
     args = alone(args)
     settings, features = teacher["settings"], teacher_features(teacher, args.device)
     epochs = identity(args, teacher)["epochs"]
