@@ -54,7 +54,8 @@ BIOVID = ("BioVid is licence-gated, on request from https://www.nit.ovgu.de/BioV
           "--synthetic runs without it")
 AFFWILD2 = ("Affwild2 is licence-gated, on request from "
             "https://ibug.doc.ic.ac.uk/resources/aff-wild2/; --synthetic runs without it")
-FEATURES = "expected a features file (.npz) with visual (N, L, Dv), privileged (N, L, Dp) and label"
+FEATURES = ("expected a features file (.npz): float32 visual (N, L, Dv), privileged (N, L, Dp), and "
+            "label; one in a run's folder may be deleted, it is made again")
 
 
 class Parser(argparse.ArgumentParser):
@@ -751,7 +752,7 @@ class Features:
             array = arrays[key]
             if not fits(array, "f", (count, clips, *array.shape[-1:])):
                 raise UserError(f"{path}: {key} is {array.dtype} {array.shape}, or holds NaN or "
-                                f"infinity; {FEATURES}, finite float32")
+                                f"infinity; {FEATURES}")
             self.rows[key] = torch.from_numpy(array.astype(np.float32)).flatten(0, 1)
 
         self.length = length or clips

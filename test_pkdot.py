@@ -54,8 +54,11 @@ SCRIPTS = Path(train_student.__file__).parent
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    """No test reads or writes the user's runs/ and data/: whatever has no path of its own lands in a temporary one."""
+    """No test reads or writes the user's runs/ and data/: whatever has no path of its own lands in a temporary one,
+    which is gone after the test: all of them together would hold 5 GB of checkpoints."""
     monkeypatch.chdir(tmp_path)
+    yield
+    shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ sinkhorn
@@ -2313,6 +2316,10 @@ BAD = [  # script, command line, what the one line must name
     (train_teacher, "--dataset affwild2 --root {tmp}", ["{tmp}/cropped_aligned", "request", "--synthetic"]),
     (train_teacher, "--dataset features", ["--root"]),
     (train_teacher, "--dataset features --root {text}", ["{text}", "features file"]),
+    (train_teacher, "--dataset features --root {good} --clips 2", ["--clips", "leave"]),
+    (train_teacher, "--dataset features --root {good} --classes 2", ["--classes", "leave"]),
+    (train_teacher, "--dataset features --root {good} --pretrained", ["--pretrained", "leave"]),
+    (train_teacher, "--dataset features --root {good} --visual-backbone i3d", ["--visual-backbone", "leave"]),
     (train_teacher, "--dataset features --root {nan}", ["{nan}", "NaN"]),
     (train_teacher, "--dataset biovid_b --root {biovid} --visual-weights {text}", ["{text}", "state dict"]),
     (train_teacher, "--dataset biovid_b --root {biovid} --device cuda:99", ["cuda:99"]),
@@ -2547,7 +2554,9 @@ def group(two_views, one_thread, tmp_path_factory):
         code, _, err = finish(torchrun(world, driver, cwd=folder))
         assert code == 0, err[-3000:]
         return folder
-    return started
+    yield started
+    for folder in folders.values():
+        shutil.rmtree(folder)
 
 
 def assert_close(found, expected, relative):
@@ -3294,6 +3303,9 @@ def test_a_table_stands_on_the_teachers_that_are_there(two_views, tmp_path, caps
     assert "privileged, fusion mmt\n" in out
     folds = [train_teacher.load(path, "teacher")["settings"] for path in tmp_path.glob("features/*/fold*/teacher.pt")]
     assert len(folds) == 5 and {(s["fusion"], s["fusion_epochs"]) for s in folds} == {("mmt", 2)}
+    few = train_student.parse(f"--table 5 --root {two_views} --out {tmp_path} --labelled 60 --fold 1".split())
+    (path,) = train_student.teacher_settings("features", few)[1]  # one head for every number of labels
+    assert path == tmp_path / "features" / "c4-mmt-60labels" / "fold1" / "teacher.pt"
     before = {path: path.read_bytes() for path in tmp_path.glob("features/*/fold*/*.pt")}
     assert call(train_teacher, f"{teacher} --fold 2 --fusion-epochs 2") == 0  # another head overwrites nothing
     assert before == {path: path.read_bytes() for path in before}

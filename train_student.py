@@ -717,10 +717,10 @@ def teacher_settings(dataset, args):
 
     name = dataset + "-synthetic" * settings["synthetic"]
     there = (load(path, "teacher")["settings"] for path in teachers_under(args.out, name))
-    same = ("root", "task", "outputs", "labelled", "folds")
+    same = ("root", "task", "outputs")
     newest = next((old for old in there if all(old[key] == settings[key] for key in same)), {})
     changed = {key: value for key, value in newest.items()
-               if key not in ("fold", "data") and value != settings[key]}
+               if key not in ("fold", "folds", "labelled", "data") and value != settings[key]}
     note = []
     if changed:
         settings, source = make_settings(dataset, **given | changed)

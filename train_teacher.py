@@ -427,8 +427,10 @@ STAND_IN = {  # few samples and a CPU: smaller images, smaller batches, more pas
 def make_settings(dataset, root=None, synthetic=False, **given):
     """What a teacher is made of, as plain values: what is given, or the data set's default for what
     is None; and the opened data set."""
-    if dataset == "features" and given.get("length"):
-        raise UserError("--clips is not for features: the file says how many clips a sample has")
+    of_images = "length", "classes", "visual_backbone", "weights", "image_size", "face_start"
+    if dataset == "features" and any(map(given.get, of_images)):
+        raise UserError("--dataset features: --clips, --classes, --visual-backbone, --visual-weights, "
+                        "--pretrained, --image-size and --face-start are for images; leave them out")
     if dataset == "features" and (synthetic or not root):
         raise UserError("--dataset features needs --root FILE.npz (the format: README.md); "
                         "it has no stand-in")
