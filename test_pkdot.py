@@ -52,6 +52,14 @@ from train_teacher import score
 SCRIPTS = Path(train_student.__file__).parent
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_left(tmp_path_factory):
+    """Of the folders that tests share; pytest keeps those of three runs."""
+    yield
+    for folder in tmp_path_factory.getbasetemp().iterdir():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     """No test reads or writes the user's runs/ and data/: whatever has no path of its own lands in a temporary one,
@@ -2554,9 +2562,7 @@ def group(two_views, one_thread, tmp_path_factory):
         code, _, err = finish(torchrun(world, driver, cwd=folder))
         assert code == 0, err[-3000:]
         return folder
-    yield started
-    for folder in folders.values():
-        shutil.rmtree(folder)
+    return started
 
 
 def assert_close(found, expected, relative):
