@@ -151,30 +151,23 @@ def share(batch, args):
     """This rank's part of a batch of numbers, as long as every other rank's: the last ranks repeat
     the batch's first."""
     size = -(-len(batch) // args.world)
-    return batch[torch.arange(args.rank * size, (args.rank + 1) * size) % len(batch)]
+    return torch.from_numpy(np.resize(batch, (args.world, size)))[args.rank]
 
 
 def gather(x, count, args):
     """The batch's `count` rows, with gradient, from all ranks' shares of it. A loss is of the whole
-    batch: CCC, PKDOT and RKD couple its samples, and a mean of the ranks' losses is another one."""
-    return x if args.world == 1 else _Gather.apply(x)[:count]
+    batch: CCC, PKDOT and RKD couple its samples, and a mean of the ranks' losses is another one.
 
-
-class _Gather(torch.autograd.Function):
-    """Every rank computes the same loss of the same rows; the sum of their gradients is divided by
-    the number of ranks in DistributedDataParallel."""
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+    Every rank computes the same loss and goes backward through its own rows; of the ranks' sum,
+    which is the whole gradient, DistributedDataParallel takes the mean.
+    """
+    if args.world == 1:
+        return x
+    rows = [torch.empty_like(x) for _ in range(args.world)]
+    dist.all_gather(rows, x.detach().contiguous())
+    rows[args.rank] = own = x.clone()  # x may have another gradient from elsewhere, as z has
+    own.register_hook(lambda grad: grad * args.world)
+    return torch.cat(rows)[:count]
 
 
 def spread(model, args):
@@ -218,8 +211,7 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; expected a checkpoint or state dict")
     try:
-        with warnings.catch_warnings():  # torch's, about files that are not its own
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):  # torch's, about files not its own
             # torch does not compare the checksums that a zip file has
             if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
                 raise zipfile.BadZipFile
@@ -262,11 +254,11 @@ def start_log(run, settings):
 
 
 def fingerprint(arrays):
-    """12 hex digits that identify a dict of tensors or numpy arrays, a state dict for one."""
+    """12 hex digits that identify a dict of numpy arrays or tensors on the CPU, a `snapshot` for
+    one."""
     digest = hashlib.sha256()
     for key, value in arrays.items():
-        value = value.cpu().numpy() if torch.is_tensor(value) else value
-        digest.update(key.encode() + np.ascontiguousarray(value).tobytes())
+        digest.update(key.encode() + np.asarray(value).tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -342,7 +334,7 @@ def show(found):
 
 
 def snapshot(module):
-    return {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
+    return {k: v.cpu().clone() for k, v in module.state_dict().items()}
 
 
 def step_means(terms, names, epoch):
@@ -350,10 +342,10 @@ def step_means(terms, names, epoch):
     step that was not finite. terms: a list of tensors (len(names),). The host waits for the device
     here, once an epoch."""
     terms = torch.stack(terms).cpu()  # (steps, names)
-    bad = (~terms.isfinite()).any(1).nonzero()
-    if len(bad) == 0:
+    finite = terms.isfinite().all(1)
+    if finite.all():
         return terms.mean(0).tolist(), None
-    step = int(bad[0])
+    step = finite.int().argmin().item()  # the first that is not
     found = zip(names, terms[step].tolist(), strict=True)
     found = ", ".join(f"{name} {value:.4g}" for name, value in found)
     return None, f"epoch {epoch + 1}, step {step + 1}: the loss is not finite, {found}"
@@ -773,7 +765,7 @@ def train_teacher(settings, source, args):
     single = {modality: train_backbone(modality, source, fold, settings, args, folder).eval()
               for modality in ("visual", "privileged")}
     backbones = {modality: model.backbone for modality, model in single.items()}
-    weights = "-".join(fingerprint(backbone.state_dict()) for backbone in backbones.values())
+    weights = "-".join(fingerprint(snapshot(backbone)) for backbone in backbones.values())
     if args.resume and old and old["backbones"] == weights:
         print(f"{path} is finished")
         return old["scores"]
