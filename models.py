@@ -29,6 +29,7 @@ class Backbone(nn.Module):
 
     def __init__(self, mean=0.0, std=1.0, fitted=True):
         super().__init__()
+        self.fitted = fitted
         self.register_buffer("mean", torch.as_tensor(mean), persistent=fitted)
         self.register_buffer("std", torch.as_tensor(std), persistent=fitted)
 
