@@ -90,8 +90,8 @@ def autocast(args, enabled):
 # Under torchrun there are args.world processes, of numbers args.rank; else one, of number 0.
 #     several trainings    deal_out(jobs): which of them are this rank's; each is trained `alone`
 #     one training         share(batch): this rank's part of a batch; gather(x): the whole batch's
-#                          rows; spread(model): DistributedDataParallel; agree(model): equal
-#                          statistics; one_voice: the first rank alone prints
+#                          rows; spread(model): DistributedDataParallel; one_voice: the first
+#                          rank alone prints
 #     evaluation           dealt(batches): this rank's; answers(...): the outputs of all
 
 
@@ -180,12 +180,6 @@ def spread(model, args):
     return nn.parallel.DistributedDataParallel(model)
 
 
-def agree(model, args):
-    """All ranks take the statistics of the first one's batch norm."""
-    for buffer in model.buffers() if args.world > 1 else ():
-        dist.broadcast(buffer, 0)
-
-
 def seed_all(*numbers):
     """Seed torch from a run's seed, its stage and the epoch (from 1: numpy takes a last 0 for
     none), so that a resumed run draws what an uninterrupted one draws."""
@@ -255,7 +249,7 @@ def start_log(run, settings):
     """The first line of a command's log: the command, and what it ran with."""
     append_line(run / "log.jsonl", {
         "command": " ".join(sys.argv), "synthetic": settings["synthetic"],
-        "python": sys.version.split()[0], "torch": str(torch.__version__),
+        "python": sys.version.split()[0], "torch": torch.__version__,
         "torchvision": torchvision.__version__, "numpy": np.__version__,
         "date": time.strftime("%Y-%m-%d %H:%M:%S")})
 
@@ -333,10 +327,11 @@ def log_videos(run, role, source, windows, output):
     if source.task == "classification":
         return
     prediction, label, row = data.scored(source, windows, output)
-    video = source.video[row.numpy()]
-    masks = {str(name): torch.from_numpy(video == name) for name in np.unique(video)}
-    append_line(run / "log.jsonl", {"test_videos_of": role, "videos": {
-        name: scores(prediction[mask], label[mask]) for name, mask in masks.items()}})
+    video, videos = source.video[row.numpy()], {}
+    for name in np.unique(video):
+        mask = torch.from_numpy(video == name)
+        videos[str(name)] = scores(prediction[mask], label[mask])
+    append_line(run / "log.jsonl", {"test_videos_of": role, "videos": videos})
 
 
 def heading(settings):
@@ -451,7 +446,8 @@ def make_settings(dataset, root=None, synthetic=False, **given):
     settings.update(dataset=dataset, root=str(Path(root)), synthetic=synthetic, task=source.task,
                     outputs=source.outputs, length=source.length)
     if dataset == "features":
-        settings.update((f"{m}_dim", source.rows[m].shape[1]) for m in ("visual", "privileged"))
+        for modality, rows in source.rows.items():
+            settings[f"{modality}_dim"] = rows.shape[1]
     for number in range(source.outputs) if source.task == "classification" else ():
         if number not in source.label:
             raise UserError(f"{root}: no sample of class {number} of 0 to {source.outputs - 1}; "
@@ -568,7 +564,8 @@ def train_backbone(modality, source, fold, settings, args, folder):
 
         # the epoch is chosen on held-out training groups
         model.eval()
-        agree(model, args)
+        for buffer in model.buffers() if args.world > 1 else ():
+            dist.broadcast(buffer, 0)  # all ranks take the first one's batch norm
         found = score(source, val, clip_answers(model, source, modality, val.index, settings, args))
         best = better(best, criterion(found), epoch, model)
 
@@ -618,20 +615,20 @@ def mean_and_std(batches):
         shape = clips.shape[2:] if clips.ndim == 3 else ()
         values = clips.double().reshape(-1, *shape)
         count += len(values)
-        sums = sums + torch.stack((values.sum(0), values.square().sum(0)))
+        sums += torch.stack((values.sum(0), values.square().sum(0)))
     mean, square = sums / count
     variance = square - mean**2
     # what is left of a constant is rounding, not variance
     return mean, variance.where(variance > 1e-12 * square, 0).sqrt()
 
 
-def extract_features(backbones, weights, source, settings, args, path):
+def extract_features(single, weights, source, settings, args, path):
     """Stage 2, first half: both frozen backbones over every clip once -> the features file."""
     # a sample of BioVid is a row of the file; Affwild2's windows overlap, and are cut by index
     length = 1 if settings["dataset"] == "affwild2" else source.length
     every, arrays = torch.arange(len(source.label))[:, None], {}
-    for modality, backbone in backbones.items():
-        rows = clip_answers(backbone, source, modality, every, settings, args)  # (R, 1, 512)
+    for modality, model in single.items():
+        rows = clip_answers(model.backbone, source, modality, every, settings, args)  # (R, 1, 512)
         arrays[modality] = rows.reshape(-1, length, models.D)
     if args.rank > 0:
         return
@@ -656,7 +653,7 @@ def train_fusion(features, fold, settings, args, run):
     model = nn.ModuleDict({"head": make_head(settings), "tnet": models.TNet()}).to(args.device)
     optimizer, first, best = start_or_resume(
         model, settings["fusion_lr"], progress, progress_of, args.resume)
-    best = best or dict(head=None, tnet=None)
+    best = best or {}  # of the head, and of the T-Net
     visual, privileged = features.rows["visual"], features.rows["privileged"]
     index, label = fold.train.index.to(args.device), fold.train.label.to(args.device)
 
@@ -685,7 +682,7 @@ def train_fusion(features, fold, settings, args, run):
             terms.append(torch.stack([loss_gt, loss_tnet]).detach())
         means, fault = step_means(terms, ["L_gt", "T-Net's MSE"], epoch)
         if fault:
-            state = best["head"] and dict(kind="fusion", settings=settings, **best)
+            state = best and dict(kind="fusion", settings=settings, **best)
             diverged(fault, "lower --fusion-lr", run / "fusion.pt", state, args)
 
         # each keeps its own best epoch, chosen on held-out training groups
@@ -694,7 +691,7 @@ def train_fusion(features, fold, settings, args, run):
         found = score(features, fold.val, answers(fused, batches, args))
         mse = answers(squared_error, batches, args).mean().item()
         for name, value in (("head", criterion(found)), ("tnet", -mse)):
-            best[name] = better(best[name], value, epoch, model[name])
+            best[name] = better(best.get(name), value, epoch, model[name])
 
         append_line(run / "log.jsonl", dict(stage="fusion", epoch=epoch + 1, loss=means[0],
                                             tnet_loss=means[1], tnet_val_mse=mse, **found))
@@ -737,15 +734,14 @@ def train_teacher(settings, source, args):
     folder.mkdir(parents=True, exist_ok=True)
     if args.rank == 0:
         start_log(run, settings)
-    print(f"{run}: {source.describe()}; samples "
-          + ", ".join(f"{name} {len(part.index)}" for name, part in fold._asdict().items())
-          + f"; {int(fold.train.labelled.sum())} training samples have a label")
+    print(f"{run}: {source.describe()}; samples train {len(fold.train.index)}, "
+          f"val {len(fold.val.index)}, test {len(fold.test.index)}; "
+          f"{int(fold.train.labelled.sum())} training samples have a label")
 
     # stage 1, or what is there of it
     single = {modality: train_backbone(modality, source, fold, settings, args, folder).eval()
               for modality in ("visual", "privileged")}
-    backbones = {modality: model.backbone for modality, model in single.items()}
-    weights = "-".join(fingerprint(snapshot(backbone)) for backbone in backbones.values())
+    weights = "-".join(fingerprint(snapshot(model.backbone)) for model in single.values())
     if args.resume and old and old["backbones"] == weights:
         print(f"{path} is finished")
         return old["scores"]
@@ -753,7 +749,7 @@ def train_teacher(settings, source, args):
     # stage 2; on features a single process is fast enough
     features = folder / "features.npz"
     if not features.exists() or open_features(folder, settings, "cpu").backbones != weights:
-        extract_features(backbones, weights, source, settings, args, features)
+        extract_features(single, weights, source, settings, args, features)
     if args.rank > 0:
         return None
     args = alone(args)
