@@ -75,7 +75,8 @@ def choose_device(name, amp=False):
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; torch finds "
+                        f"{torch.accelerator.device_count()} GPUs, for one process each") from None
     device = torch.device(name)
     if amp and device.type != "cuda":
         raise UserError(f"--amp is for CUDA, and this runs on {device}: leave it out, "
@@ -106,10 +107,7 @@ def join_ranks(args):
     if args.world == 1:
         return
     if args.device.type == "cuda":
-        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if args.device.index >= torch.cuda.device_count():
-            raise UserError(f"{args.device} is not there: start one process a GPU, "
-                            f"--nproc_per_node={torch.cuda.device_count()}")
+        args.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(args.device)
     backend = "nccl" if args.device.type == "cuda" else "gloo"
     # each line in one piece, or those of several ranks cut one another
@@ -183,7 +181,7 @@ def spread(model, args):
 def seed_all(*numbers):
     """Seed torch from a run's seed, its stage and the epoch (from 1: numpy takes a last 0 for
     none), so that a resumed run draws what an uninterrupted one draws."""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+    torch.manual_seed(np.random.SeedSequence(numbers).generate_state(1).item())
 
 
 def seal(state):
@@ -238,7 +236,8 @@ def load(path, kind, wanted=None):
 
 
 def append_line(path, record):
-    """One JSON line, on a line of its own even if the last writer was killed halfway through."""
+    """One JSON line, on a line of its own even if the last writer was killed halfway through; makes
+    the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         torn = file.tell() and not (file.seek(-1, os.SEEK_END) and file.read(1) == b"\n")
@@ -595,7 +594,7 @@ def load_public_weights(backbone, weights):
     else:
         try:
             weights = torchvision.models.video.R3D_18_Weights.KINETICS400_V1
-            state = weights.get_state_dict(progress=True)
+            state = weights.get_state_dict()
         except OSError as error:
             raise UserError(f"--pretrained: the download failed ({error}); "
                             "give a file with --visual-weights") from None
@@ -612,8 +611,7 @@ def mean_and_std(batches):
     for vectors."""
     count = sums = 0
     for clips in bar(batches, "statistics"):
-        shape = clips.shape[2:] if clips.ndim == 3 else ()
-        values = clips.double().reshape(-1, *shape)
+        values = clips.double().flatten(0, 1 if clips.ndim == 3 else -1)
         count += len(values)
         sums += torch.stack((values.sum(0), values.square().sum(0)))
     mean, square = sums / count
@@ -730,8 +728,6 @@ def train_teacher(settings, source, args):
     folder, path = stage_1_folder(run, settings), run / "teacher.pt"
     old = load(path, "teacher", settings) if path.exists() else None
     fold = fold_of(source, settings)
-    run.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
     if args.rank == 0:
         start_log(run, settings)
     print(f"{run}: {source.describe()}; samples train {len(fold.train.index)}, "
