@@ -37,8 +37,7 @@ from data import DATASETS, Parser, Samples, UserError, fold_windows
 from pkdot import scores, task_loss
 
 SAVE_EVERY = 30  # seconds between two files to resume from: an epoch on features is shorter
-RANK = int(os.environ.get("RANK", 0))  # torchrun's; a WORLD_SIZE alone may be a scheduler's
-WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+RANK = int(os.environ.get("RANK", 0))  # torchrun's
 
 
 def at_least(least, kind=int):
@@ -98,18 +97,20 @@ def autocast(args, enabled):
 
 def join_ranks(args):
     """Sets args.rank, args.world and the device; under torchrun, the ranks meet here."""
-    args.rank, args.world = RANK, WORLD
-    missing = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if "RANK" in os.environ and missing:
-        raise UserError(f"RANK is set but {', '.join(sorted(missing))} is not: start the command "
-                        "with torchrun --standalone --nproc_per_node=N, or unset RANK")
+    args.rank, args.world = RANK, 1
+    if "RANK" in os.environ:  # a WORLD_SIZE alone may be a scheduler's
+        missing = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+        if missing:
+            raise UserError(f"RANK is set but {', '.join(sorted(missing))} is not: start the "
+                            "command with torchrun --standalone --nproc_per_node=N, or unset RANK")
+        args.world = int(os.environ["WORLD_SIZE"])
     args.device = choose_device(args.device, args.amp)
     if args.world == 1:
         return
+    backend = "gloo"
     if args.device.type == "cuda":
-        args.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        backend, args.device = "nccl", choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(args.device)
-    backend = "nccl" if args.device.type == "cuda" else "gloo"
     # each line in one piece, or those of several ranks cut one another
     sys.stdout.reconfigure(line_buffering=True, write_through=False)
     # some ranks wait for others to train whole folds
@@ -571,8 +572,8 @@ def train_backbone(modality, source, fold, settings, args, folder):
         if args.rank > 0:
             continue  # the first rank writes for all
         seconds = time.time() - start
-        line = dict(stage=modality, epoch=epoch + 1, loss=means[0], **found, seconds=seconds)
-        append_line(folder / "log.jsonl", line)  # before the progress: no epoch is left out
+        append_line(folder / "log.jsonl", dict(  # before the progress: no epoch is left out
+            stage=modality, epoch=epoch + 1, loss=means[0], **found, seconds=seconds))
         print(f"{modality} epoch {epoch + 1:3d}  loss {means[0]:.4f}  val {show(found)}  "
               f"{seconds:.1f} s")
         keep_progress(progress, settings, epoch, model, optimizer, best)
