@@ -632,7 +632,7 @@ def extract_features(single, weights, source, settings, args, path):
     if args.rank > 0:
         return
 
-    label = source.label.unflatten(0, (-1, length))  # (N, L), the same L times, or (N, L, 2)
+    label = source.label.unflatten(0, (-1, length)).numpy()  # (N, L), all the same, or (N, L, 2)
     arrays["label"] = label[:, 0] if label.ndim == 2 else label
     for key in ("group", "video", "name", "split"):
         if getattr(source, key) is not None:
