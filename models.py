@@ -29,6 +29,7 @@ class Backbone(nn.Module):
 
     def __init__(self, mean=0.0, std=1.0, fitted=True):
         super().__init__()
+        self.fitted = fitted
         self.register_buffer("mean", torch.as_tensor(mean), persistent=fitted)
         self.register_buffer("std", torch.as_tensor(std), persistent=fitted)
 
@@ -61,8 +62,8 @@ class R3D18(VideoBackbone):
     (B, L, 512)."""
 
     def __init__(self):
-        kinetics = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
-        super().__init__(*(torch.tensor(s).view(3, 1, 1, 1) for s in kinetics), fitted=False)
+        kinetics = torch.tensor([[0.43216, 0.394666, 0.37645], [0.22803, 0.22145, 0.216989]])
+        super().__init__(*kinetics.view(2, 3, 1, 1, 1), fitted=False)
         body = r3d_18()
         body.fc = nn.Flatten()  # after the pool, in the classifier's place
         for name, layer in body.named_children():
@@ -87,9 +88,9 @@ def pad_same(x, kernel, stride):
     """Zero-pad x (N, C, F, H, W) so that a window gives ceil(size / stride) outputs; an odd rest
     goes at the end."""
     pads = []
-    for size, k, s in zip(reversed(x.shape[2:]), reversed(kernel), reversed(stride), strict=True):
+    for size, k, s in zip(x.shape[2:], kernel, stride, strict=True):
         total = max(k - (size % s or s), 0)
-        pads += [total // 2, total - total // 2]
+        pads = [total // 2, total - total // 2, *pads]  # F.pad wants the last axis first
     return F.pad(x, pads)
 
 

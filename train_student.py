@@ -120,7 +120,8 @@ def distil(teacher, args, keep_student=True, watch=None):
 
     seed_all(args.seed, 3)
     student, trained = make_student(teacher, args, with_backbone=args.finetune or keep_student)
-    optimizer = torch.optim.Adam(trained.parameters(), lr=args.lr, fused=True)
+    optimizer, first, best = train_teacher.start_or_resume(
+        trained, args.lr, progress, saved_as, resume)
     seen = what_the_student_sees(features, settings, args)
     network = student if args.finetune else student.fuse
     over_ranks = train_teacher.spread(network, args)
@@ -135,9 +136,7 @@ def distil(teacher, args, keep_student=True, watch=None):
         inputs = student_inputs(*seen, windows.index, batches, args)
         return train_teacher.answers(lambda x: getattr(forward(network, x), part), inputs, args)
 
-    first, best, fault = 0, None, None
-    if resume and progress.exists():
-        first, best = train_teacher.restore_progress(progress, saved_as, trained, optimizer)
+    fault = None
     if watch:
         watch(0, predict)
     for epoch in bar(range(first, choice["epochs"]), f"{args.method} fold {settings['fold']}"):
@@ -318,9 +317,10 @@ def open_faces(settings, args, folder=None):
     return source
 
 
-def open_teacher(path):
-    """A teacher's checkpoint, and with it where it lies and which weights it is."""
-    state = load(path, "teacher")
+def open_teacher(path, settings=None):
+    """A teacher's checkpoint (of these settings, if given), and with it where it lies and which
+    weights it is."""
+    state = load(path, "teacher", settings)
     parts = fingerprint(state["head"]), fingerprint(state["tnet"]), state["backbones"]
     folder = train_teacher.stage_1_folder(path.parent, state["settings"])
     teacher = state | {"path": path, "stage 1": folder, "weights": "-".join(parts)}
@@ -710,10 +710,7 @@ def teacher_settings(dataset, args):
     given = {key: vars(args)[key] for key in (
         "root", "synthetic", "classes", "amp", "labelled", "folds", "face_start")}
     settings, source = make_settings(dataset, **given)
-    folds = [fold for fold in train_teacher.folds_of(source) if {"all", str(fold)} & set(args.fold)]
-    if not folds:
-        raise UserError(f"--fold {' '.join(args.fold)}: {settings['root']} has its own split; "
-                        "there is only fold 1")
+    folds = train_teacher.folds_of(source, args.fold)
 
     name = dataset + "-synthetic" * settings["synthetic"]
     there = (load(path, "teacher")["settings"] for path in teachers_under(args.out, name))
@@ -740,10 +737,7 @@ def ensure_teachers(source, wanted, args):
     for settings in deal_out(missing, "teachers", args):
         train_teacher.train_teacher(settings, source, alone(args))
     wait_for_all()
-    teachers = [open_teacher(path) for path in wanted]
-    for teacher in teachers:
-        train_teacher.same_settings(teacher, wanted[teacher["path"]], teacher["path"])
-    return teachers
+    return list(starmap(open_teacher, wanted.items()))
 
 
 def interval(ours, theirs):

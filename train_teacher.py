@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.utils.data import DataLoader
@@ -38,8 +37,7 @@ from data import DATASETS, Parser, Samples, UserError, fold_windows
 from pkdot import scores, task_loss
 
 SAVE_EVERY = 30  # seconds between two files to resume from: an epoch on features is shorter
-RANK = int(os.environ.get("RANK", 0))  # torchrun's; a WORLD_SIZE alone may be a scheduler's
-WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+RANK = int(os.environ.get("RANK", 0))  # torchrun's
 
 
 def at_least(least, kind=int):
@@ -76,7 +74,8 @@ def choose_device(name, amp=False):
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; torch finds "
+                        f"{torch.accelerator.device_count()} GPUs, for one process each") from None
     device = torch.device(name)
     if amp and device.type != "cuda":
         raise UserError(f"--amp is for CUDA, and this runs on {device}: leave it out, "
@@ -91,28 +90,27 @@ def autocast(args, enabled):
 # Under torchrun there are args.world processes, of numbers args.rank; else one, of number 0.
 #     several trainings    deal_out(jobs): which of them are this rank's; each is trained `alone`
 #     one training         share(batch): this rank's part of a batch; gather(x): the whole batch's
-#                          rows; spread(model): DistributedDataParallel; agree(model): equal
-#                          statistics; one_voice: the first rank alone prints
+#                          rows; spread(model): DistributedDataParallel; one_voice: the first
+#                          rank alone prints
 #     evaluation           dealt(batches): this rank's; answers(...): the outputs of all
 
 
 def join_ranks(args):
     """Sets args.rank, args.world and the device; under torchrun, the ranks meet here."""
-    args.rank, args.world = RANK, WORLD
-    missing = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if "RANK" in os.environ and missing:
-        raise UserError(f"RANK is set but {', '.join(sorted(missing))} is not: start the command "
-                        "with torchrun --standalone --nproc_per_node=N, or unset RANK")
+    args.rank, args.world = RANK, 1
+    if "RANK" in os.environ:  # a WORLD_SIZE alone may be a scheduler's
+        missing = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+        if missing:
+            raise UserError(f"RANK is set but {', '.join(sorted(missing))} is not: start the "
+                            "command with torchrun --standalone --nproc_per_node=N, or unset RANK")
+        args.world = int(os.environ["WORLD_SIZE"])
     args.device = choose_device(args.device, args.amp)
     if args.world == 1:
         return
+    backend = "gloo"
     if args.device.type == "cuda":
-        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if args.device.index >= torch.cuda.device_count():
-            raise UserError(f"{args.device} is not there: start one process a GPU, "
-                            f"--nproc_per_node={torch.cuda.device_count()}")
+        backend, args.device = "nccl", choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(args.device)
-    backend = "nccl" if args.device.type == "cuda" else "gloo"
     # each line in one piece, or those of several ranks cut one another
     sys.stdout.reconfigure(line_buffering=True, write_through=False)
     # some ranks wait for others to train whole folds
@@ -132,7 +130,7 @@ def leave_ranks():
 
 
 def with_flags(args, **change):
-    return argparse.Namespace(**{**vars(args), **change})
+    return argparse.Namespace(**(vars(args) | change))
 
 
 def alone(args):
@@ -151,30 +149,23 @@ def share(batch, args):
     """This rank's part of a batch of numbers, as long as every other rank's: the last ranks repeat
     the batch's first."""
     size = -(-len(batch) // args.world)
-    return batch[torch.arange(args.rank * size, (args.rank + 1) * size) % len(batch)]
+    return torch.from_numpy(np.resize(batch, (args.world, size)))[args.rank]
 
 
 def gather(x, count, args):
     """The batch's `count` rows, with gradient, from all ranks' shares of it. A loss is of the whole
-    batch: CCC, PKDOT and RKD couple its samples, and a mean of the ranks' losses is another one."""
-    return x if args.world == 1 else _Gather.apply(x)[:count]
+    batch: CCC, PKDOT and RKD couple its samples, and a mean of the ranks' losses is another one.
 
-
-class _Gather(torch.autograd.Function):
-    """Every rank computes the same loss of the same rows; the sum of their gradients is divided by
-    the number of ranks in DistributedDataParallel."""
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+    Every rank computes the same loss and goes backward through its own rows; of the ranks' sum,
+    which is the whole gradient, DistributedDataParallel takes the mean.
+    """
+    if args.world == 1:
+        return x
+    rows = [torch.empty_like(x) for _ in range(args.world)]
+    dist.all_gather(rows, x.detach().contiguous())
+    rows[args.rank] = own = x.clone()  # x may have another gradient from elsewhere, as z has
+    own.register_hook(lambda grad: grad * args.world)
+    return torch.cat(rows)[:count]
 
 
 def spread(model, args):
@@ -188,16 +179,10 @@ def spread(model, args):
     return nn.parallel.DistributedDataParallel(model)
 
 
-def agree(model, args):
-    """All ranks take the statistics of the first one's batch norm."""
-    for buffer in model.buffers() if args.world > 1 else ():
-        dist.broadcast(buffer, 0)
-
-
 def seed_all(*numbers):
     """Seed torch from a run's seed, its stage and the epoch (from 1: numpy takes a last 0 for
     none), so that a resumed run draws what an uninterrupted one draws."""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+    torch.manual_seed(np.random.SeedSequence(numbers).generate_state(1).item())
 
 
 def seal(state):
@@ -210,7 +195,7 @@ def seal(state):
 def save(path, state):
     """torch.save that leaves the old file or the new one, never half of it."""
     with data.replacing(path) as part:
-        torch.save({**state, "seal": seal(state)}, part)
+        torch.save(state | {"seal": seal(state)}, part)
 
 
 def read_checkpoint(path):
@@ -218,8 +203,7 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; expected a checkpoint or state dict")
     try:
-        with warnings.catch_warnings():  # torch's, about files that are not its own
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):  # torch's, about files not its own
             # torch does not compare the checksums that a zip file has
             if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
                 raise zipfile.BadZipFile
@@ -229,8 +213,9 @@ def read_checkpoint(path):
                         f"({type(error).__name__}); give another file or train it again") from None
 
 
-def load(path, kind):
-    """A checkpoint that `save` wrote; UserError unless it is a `kind` ("teacher", ...)."""
+def load(path, kind, wanted=None):
+    """A checkpoint that `save` wrote; UserError unless it is a `kind` ("teacher", ...), and of the
+    wanted settings, if they are given."""
     state = read_checkpoint(path)
     try:
         whole = state.pop("seal") == seal(state) and state["kind"] == kind
@@ -239,13 +224,21 @@ def load(path, kind):
     if not whole:
         raise UserError(f"{path}: not a {kind} checkpoint as these scripts write it; "
                         "give another file or train it again")
-    if SETTINGS - state["settings"].keys():
+    there = state["settings"]
+    if SETTINGS - there.keys():
         raise UserError(f"{path}: written by another version of these scripts; train it again")
+    wanted = wanted or there
+    for key in dict.fromkeys(("root", "data", *wanted, *there)):
+        old, new = there.get(key), wanted.get(key)
+        if old != new:
+            raise UserError(f"{path} was trained with {key} {old}, not {new}; "
+                            "use the same flags, or another --out, or delete its folder")
     return state
 
 
 def append_line(path, record):
-    """One JSON line, on a line of its own even if the last writer was killed halfway through."""
+    """One JSON line, on a line of its own even if the last writer was killed halfway through; makes
+    the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         torn = file.tell() and not (file.seek(-1, os.SEEK_END) and file.read(1) == b"\n")
@@ -256,17 +249,17 @@ def start_log(run, settings):
     """The first line of a command's log: the command, and what it ran with."""
     append_line(run / "log.jsonl", {
         "command": " ".join(sys.argv), "synthetic": settings["synthetic"],
-        "python": sys.version.split()[0], "torch": str(torch.__version__),
+        "python": sys.version.split()[0], "torch": torch.__version__,
         "torchvision": torchvision.__version__, "numpy": np.__version__,
         "date": time.strftime("%Y-%m-%d %H:%M:%S")})
 
 
 def fingerprint(arrays):
-    """12 hex digits that identify a dict of tensors or numpy arrays, a state dict for one."""
+    """12 hex digits that identify a dict of numpy arrays or tensors on the CPU, a `snapshot` for
+    one."""
     digest = hashlib.sha256()
     for key, value in arrays.items():
-        value = value.cpu().numpy() if torch.is_tensor(value) else value
-        digest.update(key.encode() + np.ascontiguousarray(value).tobytes())
+        digest.update(key.encode() + np.asarray(value).tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -297,6 +290,17 @@ def answers(forward, batches, args):
     return torch.cat(outputs).cpu()
 
 
+def clip_answers(network, source, modality, index, settings, args):
+    """`answers` of a network to the clips of all windows index (S, L), read from disk."""
+    @autocast(args, settings["amp"])
+    def forward(clips):
+        return network(clips.to(args.device, non_blocking=True))
+
+    batches = dealt(torch.arange(len(index)).split(settings["batch_size"]), args)
+    clips = clip_loader(source, modality, index, batches, args)
+    return answers(forward, bar(clips, modality), args)
+
+
 def dealt(jobs, args):
     """This rank's share of jobs that need no communication."""
     return jobs[args.rank::args.world]
@@ -323,10 +327,11 @@ def log_videos(run, role, source, windows, output):
     if source.task == "classification":
         return
     prediction, label, row = data.scored(source, windows, output)
-    video = source.video[row.numpy()]
-    masks = {str(name): torch.from_numpy(video == name) for name in np.unique(video)}
-    append_line(run / "log.jsonl", {"test_videos_of": role, "videos": {
-        name: scores(prediction[mask], label[mask]) for name, mask in masks.items()}})
+    video, videos = source.video[row.numpy()], {}
+    for name in np.unique(video):
+        mask = torch.from_numpy(video == name)
+        videos[str(name)] = scores(prediction[mask], label[mask])
+    append_line(run / "log.jsonl", {"test_videos_of": role, "videos": videos})
 
 
 def heading(settings):
@@ -342,7 +347,7 @@ def show(found):
 
 
 def snapshot(module):
-    return {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
+    return {k: v.cpu().clone() for k, v in module.state_dict().items()}
 
 
 def step_means(terms, names, epoch):
@@ -350,10 +355,10 @@ def step_means(terms, names, epoch):
     step that was not finite. terms: a list of tensors (len(names),). The host waits for the device
     here, once an epoch."""
     terms = torch.stack(terms).cpu()  # (steps, names)
-    bad = (~terms.isfinite()).any(1).nonzero()
-    if len(bad) == 0:
+    finite = terms.isfinite().all(1)
+    if finite.all():
         return terms.mean(0).tolist(), None
-    step = int(bad[0])
+    step = finite.int().argmin().item()  # the first that is not
     found = zip(names, terms[step].tolist(), strict=True)
     found = ", ".join(f"{name} {value:.4g}" for name, value in found)
     return None, f"epoch {epoch + 1}, step {step + 1}: the loss is not finite, {found}"
@@ -377,6 +382,18 @@ def better(best, score, epoch, model):
     return dict(score=score, epoch=epoch, model=snapshot(model))
 
 
+def start_or_resume(model, lr, path, settings, resume):
+    """Adam for a training, its first epoch and the best so far: from the beginning, or for --resume
+    from where an interrupted run stopped, weights included."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    if not (resume and path.exists()):
+        return optimizer, 0, None
+    state = load(path, "progress", settings)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return optimizer, state["epoch"] + 1, state["best"]
+
+
 def keep_progress(path, settings, epoch, model, optimizer, best):
     """What --resume goes on from, unless the file there is a few seconds old."""
     if path.exists() and time.time() - path.stat().st_mtime < SAVE_EVERY:
@@ -385,37 +402,17 @@ def keep_progress(path, settings, epoch, model, optimizer, best):
                     optimizer=optimizer.state_dict(), best=best))
 
 
-def restore_progress(path, settings, model, optimizer):
-    """First epoch to run and the best so far, after loading weights and optimiser: --resume."""
-    state = load(path, "progress")
-    same_settings(state, settings, path)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["epoch"] + 1, state["best"]
-
-
-def same_settings(state, settings, path):
-    for key in dict.fromkeys(("root", "data", *settings, *state["settings"])):
-        old, new = state["settings"].get(key), settings.get(key)
-        if old != new:
-            raise UserError(f"{path} was trained with {key} {old}, not {new}; "
-                            "use the same flags, or another --out, or delete its folder")
-
-
 # ------------------------------------------------------------------------------ the two stages
 
-DEFAULTS = {  # Table I and section IV-B; the batch size is the backbones'
-    "biovid_a": dict(
-        fusion="concat", visual_backbone="r3d18", length=1, batch_size=64, fusion_lr=1e-4),
-    "biovid_b": dict(
-        fusion="mmt", visual_backbone="r3d18", length=1, batch_size=64, fusion_lr=1e-4),
-    "affwild2": dict(
-        fusion="jca", visual_backbone="i3d", length=8, batch_size=8, fusion_lr=1e-3),
-    "features": dict(
-        fusion="concat", visual_backbone="mlp", batch_size=64, fusion_lr=1e-4)}  # its own length
-COMMON = dict(  # the numbers of epochs are not in the paper
+COMMON = dict(  # section IV-B; the batch size is the backbones', epochs are not in the paper
     classes=2, image_size=112, lr=1e-3, backbone_epochs=30, fusion_epochs=50, fusion_batch_size=64,
-    seed=0, amp=False, weights=None, folds="subjects", labelled=None, face_start=None)
+    seed=0, amp=False, weights=None, folds="subjects", labelled=None, face_start=None,
+    visual_backbone="r3d18", batch_size=64, fusion_lr=1e-4)
+DEFAULTS = {  # Table I, and what differs from COMMON
+    "biovid_a": dict(fusion="concat", length=1),
+    "biovid_b": dict(fusion="mmt", length=1),
+    "affwild2": dict(fusion="jca", length=8, visual_backbone="i3d", batch_size=8, fusion_lr=1e-3),
+    "features": dict(fusion="concat", visual_backbone="mlp")}  # its own length
 SETTINGS = {  # of every checkpoint
     "dataset", "root", "fold", "folds", "labelled", "task", "outputs", "length", "face_start",
     "data"}
@@ -428,20 +425,20 @@ def make_settings(dataset, root=None, synthetic=False, **given):
     """What a teacher is made of, as plain values: what is given, or the data set's default for what
     is None; and the opened data set."""
     of_images = "length", "classes", "visual_backbone", "weights", "image_size", "face_start"
-    if dataset == "features" and any(map(given.get, of_images)):
-        raise UserError("--dataset features: --clips, --classes, --visual-backbone, --visual-weights, "
-                        "--pretrained, --image-size and --face-start are for images; leave them out")
-    if dataset == "features" and (synthetic or not root):
-        raise UserError("--dataset features needs --root FILE.npz (the format: README.md); "
-                        "it has no stand-in")
+    if dataset == "features" and (not root or synthetic or any(map(given.get, of_images))):
+        raise UserError(
+            "--dataset features needs --root FILE.npz (the format: README.md); leave out what is "
+            "for images: --synthetic, --clips, --classes, --visual-backbone, --visual-weights, "
+            "--pretrained, --image-size, --face-start")
     root = root or f"data/{dataset}" + "-synthetic" * synthetic
     if synthetic and RANK == 0:
         data.write_stand_in(dataset, root)
     wait_for_all()
     synthetic = (Path(root) / "SYNTHETIC").is_file()
 
-    settings = {**COMMON, **DEFAULTS[dataset],
-                **(STAND_IN[dataset.partition("_")[0]] if synthetic else {})}
+    settings = COMMON | DEFAULTS[dataset]
+    if synthetic:
+        settings |= STAND_IN[dataset.partition("_")[0]]
     settings.update((key, given[key]) for key in settings if given.get(key) is not None)
     source = data.open_dataset(dataset, root, settings.pop("classes"), settings.get("length"),
                                settings["image_size"], face_start=settings["face_start"])
@@ -449,11 +446,11 @@ def make_settings(dataset, root=None, synthetic=False, **given):
     settings.update(dataset=dataset, root=str(Path(root)), synthetic=synthetic, task=source.task,
                     outputs=source.outputs, length=source.length)
     if dataset == "features":
-        settings.update((f"{m}_dim", source.rows[m].shape[1]) for m in ("visual", "privileged"))
-    if source.task == "classification":
-        absent = sorted(set(range(source.outputs)) - set(source.label.tolist()))
-        if absent:
-            raise UserError(f"{root}: no sample of class {absent[0]} of 0 to {source.outputs - 1}; "
+        for modality, rows in source.rows.items():
+            settings[f"{modality}_dim"] = rows.shape[1]
+    for number in range(source.outputs) if source.task == "classification" else ():
+        if number not in source.label:
+            raise UserError(f"{root}: no sample of class {number} of 0 to {source.outputs - 1}; "
                             "add some, or take fewer with --classes")
     settings["data"] = digest(source)
     return settings, source
@@ -472,7 +469,7 @@ VARIANT = {  # what makes another teacher, and its part of the folder's name
 
 def variant(settings):
     """c2, c5 or va, then whatever is not the default: no teacher overwrites another's."""
-    default = {**settings, **COMMON, **DEFAULTS[settings["dataset"]]}
+    default = settings | COMMON | DEFAULTS[settings["dataset"]]
     names = [f"c{settings['outputs']}" if settings["task"] == "classification" else "va"]
     names += [name.format(settings[key]) for key, name in VARIANT.items()
               if settings[key] != default[key]]
@@ -481,7 +478,7 @@ def variant(settings):
 
 def run_folder(settings, out):
     name = settings["dataset"] + "-synthetic" * settings["synthetic"]
-    return Path(out) / name / variant(settings) / f"fold{settings['fold']}"
+    return out / name / variant(settings) / f"fold{settings['fold']}"
 
 
 def stage_1(settings):
@@ -500,10 +497,6 @@ def fold_of(source, settings, dense=False):
     return fold_windows(source, settings["fold"], dense, settings["folds"], settings["labelled"])
 
 
-def per_clip(settings):
-    return settings["task"] == "regression"
-
-
 def make_backbone(modality, settings):
     if settings["dataset"] == "features":
         return models.FeatureMLP(settings[f"{modality}_dim"])
@@ -514,7 +507,8 @@ def make_backbone(modality, settings):
 
 def make_head(settings):
     head = models.HEADS[settings["fusion"]]
-    return head(settings["outputs"], length=settings["length"], per_clip=per_clip(settings))
+    return head(settings["outputs"], length=settings["length"],
+                per_clip=settings["task"] == "regression")
 
 
 def train_backbone(modality, source, fold, settings, args, folder):
@@ -523,13 +517,12 @@ def train_backbone(modality, source, fold, settings, args, folder):
     A backbone that is there, of the same settings and data, is taken as it is.
     """
     path, progress = folder / f"{modality}.pt", folder / f"{modality}.progress"
-    settings, stage = stage_1(settings), ["visual", "privileged"].index(modality)
+    settings, stage = stage_1(settings), int(modality == "privileged")
     seed_all(settings["seed"], stage)
     backbone = make_backbone(modality, settings)
-    model = models.Unimodal(backbone, settings["outputs"], per_clip(settings))
+    model = models.Unimodal(backbone, settings["outputs"], settings["task"] == "regression")
     if path.exists():
-        state = load(path, modality)
-        same_settings(state, settings, path)
+        state = load(path, modality, settings)
         print(f"{path} is finished; delete it to train it again")
         model.load_state_dict(state["model"])
         return model.to(args.device)
@@ -537,29 +530,19 @@ def train_backbone(modality, source, fold, settings, args, folder):
     train, val = fold.train.take(fold.train.labelled), fold.val
     if modality == "visual" and settings["weights"]:
         load_public_weights(backbone, settings["weights"])
-    if isinstance(backbone, (models.FeatureMLP, models.SpectrogramResNet18)):
+    if backbone.fitted:
         index = fold.train.index
         every = clip_loader(source, modality, index, torch.arange(len(index)).split(64), args)
         backbone.standardise(*mean_and_std(every))
     model.to(args.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings["lr"], fused=True)
-    first, best, fault = 0, None, None
-    if args.resume and progress.exists():
-        first, best = restore_progress(progress, settings, model, optimizer)
-    ranks = spread(model, args)
-
-    def forward(clips):
-        network = ranks if model.training else model
-        with autocast(args, settings["amp"]):
-            output = network(clips.to(args.device, non_blocking=True))
-        return output.float()
-
-    label, size = train.label.to(args.device), settings["batch_size"]
-    validation = dealt(torch.arange(len(val.index)).split(size), args)
+    optimizer, first, best = start_or_resume(
+        model, settings["lr"], progress, settings, args.resume)
+    ranks, label = spread(model, args), train.label.to(args.device)
+    checkpoint = dict(kind=modality, settings=settings)
     for epoch in range(first, settings["backbone_epochs"]):
         start = time.time()
         seed_all(settings["seed"], stage, epoch + 1)
-        batches = torch.randperm(len(train.index)).split(size)
+        batches = torch.randperm(len(train.index)).split(settings["batch_size"])
         shares = [share(batch, args) for batch in batches]
         clips = clip_loader(source, modality, train.index, shares, args)
 
@@ -567,7 +550,9 @@ def train_backbone(modality, source, fold, settings, args, folder):
         model.train()
         losses = []
         for batch, x in zip(batches, bar(clips, f"{modality} {epoch + 1}"), strict=True):
-            output = gather(forward(x), len(batch), args)
+            with autocast(args, settings["amp"]):
+                output = ranks(x.to(args.device, non_blocking=True))
+            output = gather(output.float(), len(batch), args)
             loss = task_loss(output, label[batch.to(args.device)])  # Eq. 7 or 8
             optimizer.zero_grad()
             loss.backward()
@@ -575,29 +560,26 @@ def train_backbone(modality, source, fold, settings, args, folder):
             losses.append(loss.detach()[None])
         means, fault = step_means(losses, ["L_gt"], epoch)
         if fault:
-            break
+            diverged(fault, "lower --lr", path, best and checkpoint | best, args)
 
         # the epoch is chosen on held-out training groups
         model.eval()
-        agree(model, args)
-        loader = clip_loader(source, modality, val.index, validation, args)
-        found = score(source, val, answers(forward, loader, args))
+        for buffer in model.buffers() if args.world > 1 else ():
+            dist.broadcast(buffer, 0)  # all ranks take the first one's batch norm
+        found = score(source, val, clip_answers(model, source, modality, val.index, settings, args))
         best = better(best, criterion(found), epoch, model)
 
         if args.rank > 0:
             continue  # the first rank writes for all
         seconds = time.time() - start
-        line = dict(stage=modality, epoch=epoch + 1, loss=means[0], **found, seconds=seconds)
-        append_line(folder / "log.jsonl", line)  # before the progress: no epoch is left out
+        append_line(folder / "log.jsonl", dict(  # before the progress: no epoch is left out
+            stage=modality, epoch=epoch + 1, loss=means[0], **found, seconds=seconds))
         print(f"{modality} epoch {epoch + 1:3d}  loss {means[0]:.4f}  val {show(found)}  "
               f"{seconds:.1f} s")
         keep_progress(progress, settings, epoch, model, optimizer, best)
 
-    state = best and dict(kind=modality, settings=settings, **best)
-    if fault:
-        diverged(fault, "lower --lr", path, state, args)
     if args.rank == 0:
-        save(path, state)
+        save(path, checkpoint | best)
         progress.unlink(missing_ok=True)
     model.load_state_dict(best["model"])
     return model
@@ -613,7 +595,7 @@ def load_public_weights(backbone, weights):
     else:
         try:
             weights = torchvision.models.video.R3D_18_Weights.KINETICS400_V1
-            state = weights.get_state_dict(progress=True)
+            state = weights.get_state_dict()
         except OSError as error:
             raise UserError(f"--pretrained: the download failed ({error}); "
                             "give a file with --visual-weights") from None
@@ -628,47 +610,36 @@ def load_public_weights(backbone, weights):
 def mean_and_std(batches):
     """Mean and standard deviation of the training part: one value for spectrograms, one per feature
     for vectors."""
-    count, total, squares = 0, 0.0, 0.0
+    count = sums = 0
     for clips in bar(batches, "statistics"):
-        axes = (0, 1) if clips.ndim == 3 else tuple(range(clips.ndim))
-        clips = clips.double()
-        total, squares = total + clips.sum(axes), squares + clips.square().sum(axes)
-        count += clips.numel() / total.numel()
-    mean, square = total / count, squares / count
+        values = clips.double().flatten(0, 1 if clips.ndim == 3 else -1)
+        count += len(values)
+        sums += torch.stack((values.sum(0), values.square().sum(0)))
+    mean, square = sums / count
     variance = square - mean**2
     # what is left of a constant is rounding, not variance
     return mean, variance.where(variance > 1e-12 * square, 0).sqrt()
 
 
-def extract_features(backbones, weights, source, settings, args, path):
+def extract_features(single, weights, source, settings, args, path):
     """Stage 2, first half: both frozen backbones over every clip once -> the features file."""
-    every = torch.arange(len(source.label))
-    batches = dealt(every.split(settings["batch_size"]), args)
-    arrays = {}
-    for modality, backbone in backbones.items():
-        backbone.eval()
-
-        def forward(clips, backbone=backbone):
-            with autocast(args, settings["amp"]):
-                return backbone(clips.to(args.device, non_blocking=True))[:, 0]
-
-        loader = bar(clip_loader(source, modality, every[:, None], batches, args), modality)
-        arrays[modality] = answers(forward, loader, args).numpy()  # (R, 512)
+    # a sample of BioVid is a row of the file; Affwild2's windows overlap, and are cut by index
+    length = 1 if settings["dataset"] == "affwild2" else source.length
+    every, arrays = torch.arange(len(source.label))[:, None], {}
+    for modality, model in single.items():
+        rows = clip_answers(model.backbone, source, modality, every, settings, args)  # (R, 1, 512)
+        arrays[modality] = rows.reshape(-1, length, models.D)
     if args.rank > 0:
         return
 
-    # a sample of BioVid is a row of the file; Affwild2's windows overlap, and are cut by index
-    length = 1 if settings["dataset"] == "affwild2" else source.length
-    arrays = {modality: rows.reshape(-1, length, models.D) for modality, rows in arrays.items()}
-    label = source.label.numpy()
-    arrays["label"] = label[::length] if label.ndim == 1 else label.reshape(-1, length, 2)
+    label = source.label.unflatten(0, (-1, length)).numpy()  # (N, L), all the same, or (N, L, 2)
+    arrays["label"] = label[:, 0] if label.ndim == 2 else label
     for key in ("group", "video", "name", "split"):
         if getattr(source, key) is not None:
             arrays[key] = getattr(source, key)[::length]
     if source.task == "regression":
-        arrays.update(frame_label=source.frame_label.numpy(), frame_row=source.frame_row.numpy())
-    arrays["backbones"] = np.array(weights)
-    data.save_features(path, arrays)
+        arrays.update(frame_label=source.frame_label, frame_row=source.frame_row)
+    data.save_features(path, arrays | {"backbones": weights})
 
 
 def train_fusion(features, fold, settings, args, run):
@@ -676,15 +647,14 @@ def train_fusion(features, fold, settings, args, run):
     best epoch of each. Samples without a label are pairs of modalities, and count for the T-Net.
     """
     progress = run / "fusion.progress"
-    progress_of = {**settings, "backbones": features.backbones}
+    progress_of = settings | {"backbones": features.backbones}
     seed_all(settings["seed"], 2)
     model = nn.ModuleDict({"head": make_head(settings), "tnet": models.TNet()}).to(args.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings["fusion_lr"], fused=True)
+    optimizer, first, best = start_or_resume(
+        model, settings["fusion_lr"], progress, progress_of, args.resume)
+    best = best or {}  # of the head, and of the T-Net
     visual, privileged = features.rows["visual"], features.rows["privileged"]
     index, label = fold.train.index.to(args.device), fold.train.label.to(args.device)
-    first, best = 0, dict(head=None, tnet=None)
-    if args.resume and progress.exists():
-        first, best = restore_progress(progress, progress_of, model, optimizer)
 
     def fused(rows):
         return model["head"](visual[rows], privileged[rows]).output
@@ -703,7 +673,7 @@ def train_fusion(features, fold, settings, args, run):
         for batch in order.split(settings["fusion_batch_size"]):
             v, p = visual[index[batch]], privileged[index[batch]]  # (B, L, 512)
             loss_gt = task_loss(model["head"](v, p).output, label[batch])  # Eq. 7 or 8
-            loss_tnet = F.mse_loss(model["tnet"](v), p)
+            loss_tnet = nn.functional.mse_loss(model["tnet"](v), p)
             loss = loss_gt + loss_tnet
             optimizer.zero_grad()
             loss.backward()
@@ -711,7 +681,7 @@ def train_fusion(features, fold, settings, args, run):
             terms.append(torch.stack([loss_gt, loss_tnet]).detach())
         means, fault = step_means(terms, ["L_gt", "T-Net's MSE"], epoch)
         if fault:
-            state = best["head"] and dict(kind="fusion", settings=settings, **best)
+            state = best and dict(kind="fusion", settings=settings, **best)
             diverged(fault, "lower --fusion-lr", run / "fusion.pt", state, args)
 
         # each keeps its own best epoch, chosen on held-out training groups
@@ -720,7 +690,7 @@ def train_fusion(features, fold, settings, args, run):
         found = score(features, fold.val, answers(fused, batches, args))
         mse = answers(squared_error, batches, args).mean().item()
         for name, value in (("head", criterion(found)), ("tnet", -mse)):
-            best[name] = better(best[name], value, epoch, model[name])
+            best[name] = better(best.get(name), value, epoch, model[name])
 
         append_line(run / "log.jsonl", dict(stage="fusion", epoch=epoch + 1, loss=means[0],
                                             tnet_loss=means[1], tnet_val_mse=mse, **found))
@@ -757,23 +727,18 @@ def train_teacher(settings, source, args):
     start = time.time()
     run = run_folder(settings, args.out)
     folder, path = stage_1_folder(run, settings), run / "teacher.pt"
-    old = load(path, "teacher") if path.exists() else None
-    if old:
-        same_settings(old, settings, path)
+    old = load(path, "teacher", settings) if path.exists() else None
     fold = fold_of(source, settings)
-    run.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
     if args.rank == 0:
         start_log(run, settings)
-    print(f"{run}: {source.describe()}; samples "
-          + ", ".join(f"{name} {len(part.index)}" for name, part in fold._asdict().items())
-          + f"; {int(fold.train.labelled.sum())} training samples have a label")
+    print(f"{run}: {source.describe()}; samples train {len(fold.train.index)}, "
+          f"val {len(fold.val.index)}, test {len(fold.test.index)}; "
+          f"{int(fold.train.labelled.sum())} training samples have a label")
 
     # stage 1, or what is there of it
     single = {modality: train_backbone(modality, source, fold, settings, args, folder).eval()
               for modality in ("visual", "privileged")}
-    backbones = {modality: model.backbone for modality, model in single.items()}
-    weights = "-".join(fingerprint(backbone.state_dict()) for backbone in backbones.values())
+    weights = "-".join(fingerprint(snapshot(model.backbone)) for model in single.values())
     if args.resume and old and old["backbones"] == weights:
         print(f"{path} is finished")
         return old["scores"]
@@ -781,7 +746,7 @@ def train_teacher(settings, source, args):
     # stage 2; on features a single process is fast enough
     features = folder / "features.npz"
     if not features.exists() or open_features(folder, settings, "cpu").backbones != weights:
-        extract_features(backbones, weights, source, settings, args, features)
+        extract_features(single, weights, source, settings, args, features)
     if args.rank > 0:
         return None
     args = alone(args)
@@ -790,13 +755,15 @@ def train_teacher(settings, source, args):
     model = train_fusion(features, fold, settings, args, run)
 
     # the test fold, once
-    rows, batches = features.rows, fold.test.index.split(256)
-    outputs = {m: answers(lambda i, m=m: single[m].classify(rows[m][i]), batches, args)
-               for m in single}
-    outputs["multimodal"] = answers(
-        lambda i: model["head"](rows["visual"][i], rows["privileged"][i]).output, batches, args)
-    found = {role: score(features, fold.test, output) for role, output in outputs.items()}
-    for role, output in outputs.items():
+    visual, privileged = features.rows["visual"], features.rows["privileged"]
+    forward = {
+        "visual": lambda rows: single["visual"].classify(visual[rows]),
+        "privileged": lambda rows: single["privileged"].classify(privileged[rows]),
+        "multimodal": lambda rows: model["head"](visual[rows], privileged[rows]).output}
+    found = {}
+    for role in forward:
+        output = answers(forward[role], fold.test.index.split(256), args)
+        found[role] = score(features, fold.test, output)
         log_videos(run, role, features, fold.test, output)
 
     save(path, dict(kind="teacher", settings=settings, scores=found, backbones=features.backbones,
@@ -811,63 +778,69 @@ def train_teacher(settings, source, args):
 def result_line(settings, role, found, seconds, **more):
     keys = ("dataset", "synthetic", "fold", "folds", "labelled", "fusion", "seed", "length",
             "visual_backbone", "image_size")
-    metrics = {k: v for k, v in found.items() if k != "n"}
+    metrics = dict(found)
+    count = metrics.pop("n")
     classes = settings["outputs"] if settings["task"] == "classification" else "va"
     return {"role": role, "classes": classes, **{k: settings[k] for k in keys}, **metrics,
-            "n_test": found["n"], "seconds": round(seconds, 1), "torch": str(torch.__version__),
+            "n_test": count, "seconds": round(seconds, 1), "torch": str(torch.__version__),
             **more}
 
 
 def parse(argv=None):
     parser = Parser(__doc__)
-    add = parser.add_argument
+    add, count, number = parser.add_argument, at_least(1), at_least(0, float)
     add("--dataset", choices=DATASETS, default="biovid_b")
     add_common_flags(parser)
     add("--classes", type=int, choices=(2, 5), help="BioVid: BL1 and PA4, or all five; default 2")
-    add("--fold", default="1", choices=["1", "2", "3", "4", "5", "all"], help="default 1")
+    add("--fold", default="1", choices=[*"12345", "all"], help="default 1")
     add("--folds", choices=("subjects", "clips"), help="what folds divide; clips, as the authors' "
         "code does, puts a person into training and test; default subjects")
-    add("--labelled", type=at_least(1), metavar="N", help="keep the labels of N training samples; "
+    add("--labelled", type=count, metavar="N", help="keep the labels of N training samples; "
         "the others are pairs without a label; validation keeps all of its own; default all")
-    add("--clips", dest="length", type=at_least(1),
+    add("--clips", dest="length", type=count,
         help="clips per sample; default: BioVid 1, Affwild2 8")
     add("--fusion", choices=models.HEADS, help="Fig. 4; default: Table I's")
     add("--visual-backbone", choices=models.VISUAL, help="default: BioVid r3d18, Affwild2 i3d")
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--visual-weights", dest="weights", metavar="FILE",
-                         help="state dict to start the visual backbone from")
-    weights.add_argument("--pretrained", dest="weights", action="store_const", const="pretrained",
-                         help="start r3d18 from torchvision's Kinetics weights")
+    weights = parser.add_mutually_exclusive_group().add_argument
+    weights("--visual-weights", dest="weights", metavar="FILE",
+        help="state dict to start the visual backbone from")
+    weights("--pretrained", dest="weights", action="store_const", const="pretrained",
+        help="start r3d18 from torchvision's Kinetics weights")
     add("--image-size", type=at_least(32), help="pixels; default 112; smaller on a stand-in")
-    add("--backbone-epochs", type=at_least(1), help="default 30 (not stated in the paper)")
-    add("--batch-size", type=at_least(1), help="backbones; default: BioVid 64, Affwild2 8")
-    add("--lr", type=at_least(0, float), help="backbones; default 1e-3")
-    add("--fusion-epochs", type=at_least(1), help="default 50 (not stated in the paper)")
-    add("--fusion-batch-size", type=at_least(1), help="default 64")
-    add("--fusion-lr", type=at_least(0, float), help="default: BioVid 1e-4, Affwild2 1e-3")
+    add("--backbone-epochs", type=count, help="default 30 (not stated in the paper)")
+    add("--batch-size", type=count, help="backbones; default: BioVid 64, Affwild2 8")
+    add("--lr", type=number, help="backbones; default 1e-3")
+    add("--fusion-epochs", type=count, help="default 50 (not stated in the paper)")
+    add("--fusion-batch-size", type=count, help="default 64")
+    add("--fusion-lr", type=number, help="default: BioVid 1e-4, Affwild2 1e-3")
     return parser.parse_args(argv)
 
 
-def folds_of(source):
-    """1 to 5, or fold 1 alone where the data set has a split of its own."""
-    return [1, 2, 3, 4, 5] if source.split is None else [1]
+def folds_of(source, wanted):
+    """Those of the data set's folds that --fold names: of 1 to 5, or of fold 1 alone where the data
+    set has a split of its own."""
+    folds = [1, 2, 3, 4, 5] if source.split is None else [1]
+    folds = [fold for fold in folds if {"all", str(fold)} & {*wanted}]
+    if not folds:
+        raise UserError(f"--fold {' '.join(wanted)}: {source.path} has its own split into training "
+                        "and test; there is only fold 1")
+    return folds
 
 
 def main():
     args = parse()
     join_ranks(args)
     settings, source = make_settings(**vars(args))
-    folds = folds_of(source)
-    if args.fold != "all" and int(args.fold) not in folds:
-        raise UserError(f"--fold {args.fold}: {settings['root']} has its own split into training "
-                        "and test; there is only fold 1")
+    folds = folds_of(source, [args.fold])
 
     # several folds are dealt out to the ranks, one is trained by all of them together
-    folds = folds if args.fold == "all" else [int(args.fold)]
-    each = alone(args) if len(folds) > 1 else one_voice(args)
-    for fold in deal_out(folds, "folds", args) if len(folds) > 1 else folds:
+    if len(folds) > 1:
+        folds, args = deal_out(folds, "folds", args), alone(args)
+    else:
+        args = one_voice(args)
+    for fold in folds:
         settings["fold"] = fold
-        found = train_teacher(settings, source, each)
+        found = train_teacher(settings, source, args)
         if found:
             print(f"{heading(settings)}, n = {found['multimodal']['n']}: "
                   f"visual only (lower bound) {show(found['visual'])} | "
