@@ -304,9 +304,11 @@ def dealt(jobs, args):
 
 def deal_out(jobs, what, args):
     """This rank's share of whole trainings; one that has none says so."""
+    wait_for_all()  # until all have looked what is missing
     if jobs and args.rank >= len(jobs):
         print(f"rank {args.rank} only waits: {args.world} processes, {what} to train: {len(jobs)}")
-    return dealt(jobs, args)
+    yield from dealt(jobs, args)
+    wait_for_all()
 
 
 def score(source, windows, output):
