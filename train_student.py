@@ -226,13 +226,12 @@ def what_the_student_sees(features, settings, args):
     visual = features.rows["visual"]
     privileged = features.rows["privileged"] if args.hallucinate == "oracle" else None
     if args.finetune:
-        file = settings["dataset"] == "features"
-        root = args.root or settings["root"]
-        source = data.Features(root) if file else open_faces(settings, args)
+        source = open_faces(settings, args, whole=True)
         if train_teacher.digest(source) != settings["data"]:
             raise UserError(
                 f"{source.path}: its samples are not those that the teacher was trained on; "
                 "train the teacher again, or give the --root it was trained on")
+        file = settings["dataset"] == "features"
         visual = source.rows["visual"].to(args.device) if file else source
     return visual, privileged
 
@@ -295,15 +294,15 @@ def log_epoch(run, args, epochs, epoch, loss_gt, W, found):
                    f"{part} {show(found)}")
 
 
-def open_faces(settings, args, folder=None):
-    """What a run's student looks at, without any privileged file: the data set that it was trained
-    on, or the unlabelled faces in a folder. A features file may be another one, of the same shape.
-    """
+def open_faces(settings, args, folder=None, whole=False):
+    """What a run's student looks at, without anything privileged unless a features file is read as
+    a whole: the data set that it was trained on, or the unlabelled faces in a folder. A features
+    file may be another one, of the same shape."""
     kind, length, size = (settings[key] for key in ("dataset", "length", "image_size"))
     root = folder or args.root or settings["root"]
     start = settings["face_start"] if args.face_start is None else args.face_start
     if kind == "features":
-        source = data.Features(root, privileged=False, labelled=not folder)
+        source = data.Features(root, privileged=whole, labelled=not folder)
         found, wanted = source.rows["visual"].shape[1], settings["visual_dim"]
         if (source.length, found) != (length, wanted):
             raise UserError(f"{root}: visual is (N, {source.length}, {found}), the student was "
@@ -354,8 +353,8 @@ def identity(args, teacher):
     weights, the code of the loss and the networks."""
     choice = {key: vars(args)[key] for key in CHOICES}
     choice["lambda"] = 0.0 if args.method == "none" else args.lam
-    few = teacher["settings"]["synthetic"]
-    choice["epochs"] = args.epochs or (STAND_IN_EPOCHS if few else EPOCHS)
+    stand_in = teacher["settings"]["synthetic"]
+    choice["epochs"] = args.epochs or (STAND_IN_EPOCHS if stand_in else EPOCHS)
     return choice | {"teacher": teacher["weights"], "code": code_digest()}
 
 
@@ -367,19 +366,26 @@ def code_digest():
 
 def teachers_under(out, name):
     """All teacher.pt of a data set, "*" for any, the newest first."""
-    found = out.glob(f"{name}/*/fold*/teacher.pt")
-    return sorted(found, key=os.path.getmtime, reverse=True)
+    return sorted(out.glob(f"{name}/*/fold*/teacher.pt"), key=os.path.getmtime, reverse=True)
 
 
-def newest_teacher(args):
-    """The newest teacher.pt under --out, of --dataset and --synthetic if they are given."""
+def chosen_teachers(args):
+    """The teacher.pt of --teacher, or the newest under --out, of --dataset and --synthetic if they
+    are given; or the siblings of it that --fold names."""
     name = (args.dataset or "*") + "-synthetic" * args.synthetic
-    if found := teachers_under(args.out, name):
-        return found[0]
-    raise UserError(f"{args.out}: no {name}/*/fold*/teacher.pt in it; run train_teacher.py first")
+    path = args.teacher or next(iter(teachers_under(args.out, name)), None)
+    if not path:
+        raise UserError(f"{args.out}: no {name}/*/fold*/teacher.pt in it; "
+                        "run train_teacher.py first")
+    variant = path.parent.parent
+    if not args.fold:
+        return [path]
+    if "all" in args.fold:
+        return sorted(variant.glob("fold*/teacher.pt"))
+    return [variant / f"fold{fold}" / "teacher.pt" for fold in args.fold]
 
 
-def student_output(state, source, index, args, text):
+def student_output(state, source, index, args):
     """Output of a saved student for windows of faces, in the precision that it was trained in."""
     settings = state["settings"]
     student = build_student(settings)
@@ -395,12 +401,12 @@ def student_output(state, source, index, args, text):
         with autocast(args, amp):
             return student.fuse(features.float()).output
 
-    return train_teacher.answers(forward, bar(loader, text), args)
+    return train_teacher.answers(forward, bar(loader, "faces"), args)
 
 
-def evaluate(path, args):
+def evaluate(args):
     """Test score of a saved student, from the faces alone: no privileged file is opened."""
-    state = load(path, "student")
+    state = load(args.evaluate, "student")
     settings, wanted = state["settings"], state["test_names"]
     source = open_faces(settings, args)
     missing = sorted(set(wanted) - set(source.name))
@@ -412,7 +418,7 @@ def evaluate(path, args):
     if fingerprint(samples_of(source, windows)) != state["test_labels"]:
         raise UserError(f"{source.path}: its samples bear the names of the student's test samples, "
                         "but other labels; give the --root it was trained on")
-    found = score(source, windows, student_output(state, source, windows.index, args, "evaluate"))
+    found = score(source, windows, student_output(state, source, windows.index, args))
     print(f"{heading(settings)}, n = {found['n']}: "
           f"student {settings['student_method']} {show(found)}")
 
@@ -430,14 +436,16 @@ def class_names(settings):
     return data.BioVid.levels(outputs) if biovid else range(outputs)
 
 
-def predict(folder, path, args):
+def predict(args):
     """One csv line per sample (class probabilities) or clip (valence, arousal) of unlabelled faces,
     on stdout; what cannot be used is named on stderr. Returns the exit code, then 1."""
-    state = load(path, "student")
+    if not args.student:
+        raise UserError("--predict needs --student STUDENT.pt")
+    state = load(args.student, "student")
     settings = state["settings"]
-    source = open_faces(settings, args, folder)
+    source = open_faces(settings, args, args.predict)
     index, keep = data.windows(source.video, source.length)
-    output = student_output(state, source, index, args, "predict")
+    output = student_output(state, source, index, args)
 
     if settings["task"] == "regression":  # each clip once, in their order
         header, names = ["clip", "valence", "arousal"], source.name
@@ -541,8 +549,9 @@ BIOVID_A = Column("BioVid (A) accuracy", "biovid_a", "accuracy")
 BIOVID_B = Column("BioVid (B) accuracy", "biovid_b", "accuracy")
 VALENCE = Column("Affwild2 valence", "affwild2", "valence")
 AROUSAL = Column("Affwild2 arousal", "affwild2", "arousal")
+COLUMNS = [BIOVID_B, VALENCE, AROUSAL]  # Table II's
 TABLES = {
-    "2": printed("Table II: privileged KD methods", [BIOVID_B, VALENCE, AROUSAL], """
+    "2": printed("Table II: privileged KD methods", COLUMNS, """
         Cosine similarity [10]    | 75.40 | 0.37 | 0.53
         MSE [8]                   | N/A   | 0.39 | 0.53
         KL [8]                    | 75.80 | N/A  | N/A
@@ -581,8 +590,8 @@ TABLES = {
         none (lambda 0)
         PKDOT                     | 78.76
         Multimodal (upper bound)  | 81.30"""),
-    "choices": Table("Choices that the paper leaves open (not in the paper)",
-                     [BIOVID_B, VALENCE, AROUSAL], list(starmap(Row, {
+    "choices": Table("Choices that the paper leaves open (not in the paper)", COLUMNS,
+                     list(starmap(Row, {
         "PKDOT": {},
         "anchors shared by the batch": {"shared": True},
         "anchors shared, random": {"shared": True, "anchors": "random"},
@@ -608,7 +617,7 @@ FIGURES = {
                [BIOVID_B._replace(series=f"k = {k}", change={"k": k}) for k in (5, 15, 30)],
                [Row(f"batch size {b}", {"batch_size": b}) for b in (32, 64, 128, 256)],
                reference=("batch size 128", "k = 30")),  # the paper's
-    "7": Table("Figure 7: epsilon", [BIOVID_B, VALENCE, AROUSAL],
+    "7": Table("Figure 7: epsilon", COLUMNS,
                [Row(f"epsilon {e:g}", {"epsilon": e}) for e in (0.001, 0.01, 0.1, 1.0, 10.0)],
                reference=("epsilon 0.1", "")),  # the paper's
     "labels": Table("Figure labels: number of labelled training samples (not in the paper)",
@@ -822,8 +831,9 @@ def format_cell(cell, point):
     over = f"{len(folds)} fold{'s' * (len(folds) > 1)}"
     if seeds != {None}:
         over += f" x {len(seeds)} seed{'s' * (len(seeds) > 1)}"
-    mean, sd = (f"{value:.{column.digits}f}" for value in point[:2])
-    return f"{mean}{f' ± {sd}' * (len(runs) > 1)} ({over})"
+    if len(runs) == 1:
+        return f"{point.mean:.{column.digits}f} ({over})"
+    return f"{point.mean:.{column.digits}f} ± {point.sd:.{column.digits}f} ({over})"
 
 
 def format_gaps(table, cells, points):
@@ -835,15 +845,15 @@ def format_gaps(table, cells, points):
         pairs = ours.runs and theirs.runs and ours.flags.folds == theirs.flags.folds
         if ours is theirs or not pairs:
             continue
-        gap = points[key][3:]
-        if math.isnan(gap[0]):
+        *_, gap, low, high = points[key]
+        if math.isnan(gap):
             yield f"- {name}: one pair, no interval"
             continue
-        mean, low, high = (f"{value:+.{column.digits}f}" for value in gap)
         over = "folds" if len({fold for fold, _ in ours.runs}) > 1 else "the seeds of one split"
-        inside = gap[1] <= 0 <= gap[2] or gap[1] == gap[2]  # two equal differences prove nothing
-        noise = ", inside the noise" if inside else ""
-        yield f"- {name}: {mean}, 95 % interval over {over} [{low}, {high}]{noise}"
+        inside = low <= 0 <= high or low == high  # two equal differences prove nothing
+        form = f"+.{column.digits}f"
+        yield (f"- {name}: {gap:{form}}, 95 % interval over {over} [{low:{form}}, {high:{form}}]"
+               + ", inside the noise" * inside)
 
 
 CAPTION = """
@@ -924,9 +934,9 @@ def for_features(table, args):
     return table._replace(title=title, columns=columns, rows=rows)
 
 
-def choose_table(name, args):
-    """The table or figure of that name; under --dataset, of this data set alone."""
-    table = (TABLES | FIGURES)[name]
+def choose_table(args):
+    """The table or figure that is asked for; under --dataset, of this data set alone."""
+    table = (TABLES | FIGURES)[args.table or args.figure]
     if args.dataset == "features":
         return for_features(table, args)
     columns = [column for column in table.columns if args.dataset in (None, column.dataset)]
@@ -940,7 +950,7 @@ def choose_table(name, args):
 
 def print_table(args):
     """The table, or the figure as a table before it is drawn."""
-    table, begin = choose_table(args.table or args.figure, args), time.time()
+    table, begin = choose_table(args), time.time()
     cells, notes, problems = fill(table, args)
     if args.rank > 0:
         return
@@ -1017,8 +1027,8 @@ def save_picture(path, title, synthetic, draw, *what):
 def figure_5(args):
     """Similarity matrices (Eq. 4) of the teacher, and of the student before, halfway through and
     after training, over up to 128 training samples, sorted by class or by valence."""
-    args = with_flags(args, dataset=args.dataset or "biovid_b",
-                      fold=[args.fold[0].replace("all", "1")])  # it shows one teacher
+    args.dataset = args.dataset or "biovid_b"
+    args.fold = [args.fold[0].replace("all", "1")]  # it shows one teacher
     *found, note = teacher_settings(args)
     teacher, = ensure_teachers(*found, args)
     if args.rank > 0:
@@ -1049,17 +1059,18 @@ def figure_5(args):
         np.savez(part, **S)
     print(out)
     title = f"Figure 5: similarity matrices, {args.dataset} fold {settings['fold']}"
-    names = class_names(settings) if settings["task"] == "classification" else None
-    save_picture(out, title, settings["synthetic"], draw_matrices, S, train.label, names)
+    save_picture(out, title, settings["synthetic"], draw_matrices, S, train.label,
+                 class_names(settings))
 
 
 def draw_matrices(plot, S, label, names):
-    """The similarity matrices side by side; label (b,) and names say where each class lies."""
+    """The similarity matrices side by side; label (b,) and names say where each class lies, labels
+    (b, L, 2) have none."""
     figure, axes = plot.subplots(1, len(S), figsize=(3.2 * len(S), 3.6), layout="constrained")
     for axis, (title, matrix) in zip(axes, S.items(), strict=True):
         image = axis.imshow(matrix.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         axis.set(title=title, xlabel="training samples")
-        if not names:
+        if label.ndim > 1:
             axis.set_ylabel("sorted by valence")
             continue
         level, count = label.unique_consecutive(return_counts=True)
@@ -1131,11 +1142,9 @@ def main():
     if args.chunk and not args.finetune:
         raise UserError("--chunk is for --finetune; without it no clip passes the backbone")
     if args.evaluate:
-        evaluate(args.evaluate, one_voice(args))
+        evaluate(one_voice(args))
     elif args.predict:
-        if not args.student:
-            raise UserError("--predict needs --student STUDENT.pt")
-        code = predict(args.predict, args.student, one_voice(args))
+        code = predict(one_voice(args))
     elif args.table or args.figure:
         tabulate(args)
     else:
@@ -1162,7 +1171,7 @@ def distil_folds(args):
         raise UserError("--labelled and --folds are a teacher's: give them to train_teacher.py; "
                         "--seeds and --fresh are for --table and --figure, --student is for "
                         "--predict; leave them out")
-    paths = siblings(args.teacher or newest_teacher(args), args.fold)
+    paths = chosen_teachers(args)
     if args.finetune and len(paths) == 1:  # one that all ranks train together
         args = one_voice(args)
     else:
@@ -1182,15 +1191,6 @@ def distil_folds(args):
               f"visual only (lower bound) {show(found['visual'])} | "
               f"student, {args.method} {show(record)} | "
               f"multimodal (upper bound) {show(found['multimodal'])}")
-
-
-def siblings(path, folds):
-    """The teachers beside the one at path that --fold names."""
-    if not folds:
-        return [path]
-    if "all" in folds:
-        return sorted(path.parent.parent.glob("fold*/teacher.pt"))
-    return [path.parent.parent / f"fold{fold}" / "teacher.pt" for fold in folds]
 
 
 if __name__ == "__main__":
