@@ -425,9 +425,8 @@ def evaluate(args):
 
 def samples_of(source, windows):
     """{name: label} of samples, in the order of their names."""
-    names = source.name[windows.index[:, 0].numpy()]
-    order = names.argsort()
-    return dict(zip(names[order].tolist(), windows.label[order], strict=True))
+    names = source.name[windows.index[:, 0].numpy()]  # no two alike
+    return dict(sorted(zip(names.tolist(), windows.label, strict=True)))
 
 
 def class_names(settings):
@@ -621,9 +620,9 @@ FIGURES = {
                [Row(f"epsilon {e:g}", {"epsilon": e}) for e in (0.001, 0.01, 0.1, 1.0, 10.0)],
                reference=("epsilon 0.1", "")),  # the paper's
     "labels": Table("Figure labels: number of labelled training samples (not in the paper)",
-                    [BIOVID_A._replace(series=name, change=change) for name, change in {
-                        "none": {"method": "none"}, "cosine": {"method": "cosine"},
-                        "KL": {"method": "kl"}, "PKDOT": {}, "PKDOT shared": {"shared": True},
+                    [BIOVID_A._replace(series=name, change=OURS[row]) for name, row in {
+                        "none": "none (lambda 0)", "cosine": "Cosine similarity [10]",
+                        "KL": "KL [8]", "PKDOT": "PKDOT", "PKDOT shared": "PKDOT, shared anchors",
                     }.items()],
                     [*(Row(f"labels {n}", {"labelled": n}) for n in (20, 60, 200, 600)),
                      Row("labels all", {"labelled": None})],
@@ -661,12 +660,12 @@ def fill(table, args):
     jobs = []  # a cell's runs, which of them, and a student that it is chosen from
 
     @functools.cache
-    def teachers_of(dataset, classes, labelled, folds):
-        flags = with_flags(args, dataset=dataset, classes=classes, labelled=labelled, folds=folds)
+    def teachers_of(**which):
+        flags = with_flags(args, **which)
         try:
             *found, note = teacher_settings(flags)
         except UserError as error:
-            problems.append(f"{dataset} not run: {error}")
+            problems.append(f"{flags.dataset} not run: {error}")
             return []
         notes.extend(note)
         return ensure_teachers(*found, flags)
@@ -675,7 +674,8 @@ def fill(table, args):
         row, _, flags, runs = cell
         if row.ours is None or cell.undefined:
             continue
-        for teacher in teachers_of(flags.dataset, flags.classes, flags.labelled, flags.folds):
+        for teacher in teachers_of(dataset=flags.dataset, classes=flags.classes,
+                                   labelled=flags.labelled, folds=flags.folds):
             settings = teacher["settings"]
             if flags.role != "student":
                 runs[settings["fold"], None] = settings | teacher["scores"][flags.role]
@@ -721,11 +721,6 @@ def teacher_settings(args):
     teacher that is there, or train_teacher.py's defaults; and a note of what is not the default."""
     given = vars(args) | dict(batch_size=None, lr=None, seed=None)  # they are the students' own
     settings, source = make_settings(**given)
-    folds = [fold for fold in train_teacher.folds_of(source) if {"all", str(fold)} & set(args.fold)]
-    if not folds:
-        raise UserError(f"--fold {' '.join(args.fold)}: {settings['root']} has its own split; "
-                        "there is only fold 1")
-
     name = args.dataset + "-synthetic" * settings["synthetic"]
     there = (load(path, "teacher")["settings"] for path in teachers_under(args.out, name))
     same = ("root", "task", "outputs")
@@ -738,7 +733,7 @@ def teacher_settings(args):
         note = [f"- {args.dataset}/{train_teacher.variant(settings)}: teachers with "
                 + ", ".join(f"{key} {value}" for key, value in changed.items())]
     wanted = {}
-    for fold in folds:
+    for fold in train_teacher.folds_of(source, args.fold):
         one = settings | {"fold": fold}
         fold_of(source, one)  # or one line says why not
         wanted[train_teacher.run_folder(one, args.out) / "teacher.pt"] = one
@@ -775,8 +770,8 @@ def interval(ours, theirs):
         (sample,), shared = by_fold.values(), 0
     if len(sample) < 2:
         return None
-    mean, variance = statistics.mean(sample), statistics.variance(sample)
-    error = math.sqrt((1 / len(sample) + shared) * variance)
+    error = math.sqrt((1 / len(sample) + shared) * statistics.variance(sample))
+    mean = statistics.mean(sample)
     half = stats.t.ppf(0.975, len(sample) - 1) * error
     return mean, mean - half, mean + half
 
@@ -853,7 +848,7 @@ def format_gaps(table, cells, points):
         inside = low <= 0 <= high or low == high  # two equal differences prove nothing
         form = f"+.{column.digits}f"
         yield (f"- {name}: {gap:{form}}, 95 % interval over {over} [{low:{form}}, {high:{form}}]"
-               + ", inside the noise" * inside)
+               + ", inside the noise" * bool(inside))
 
 
 CAPTION = """
@@ -971,23 +966,17 @@ def draw_figure(table, cells, args):
     """Figures 6, 7 and labels as csv, and as png: the scores, and beside them the paired
     differences to a common reference with their band."""
     points, synthetic = points_of(table, cells), is_synthetic(cells)
-    path = figure_path(synthetic, ".csv", args)
-    with data.replacing(path) as part, open(part, "w", newline="") as file:
-        write = csv.writer(file).writerow
-        write(["row", "column", *Point._fields, "data"])
-        for key, point in points.items():
-            write([*key, *point, "SYNTHETIC" * synthetic])
-    print(path)
-    save_picture(path, table.title, synthetic, draw_lines, table, points)
+    lines = [[*key, *point, "SYNTHETIC" * synthetic] for key, point in points.items()]
+
+    def write(path):
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([["row", "column", *Point._fields, "data"], *lines])
+
+    draw = functools.partial(draw_lines, table, points)
+    save_figure(table.title, synthetic, ".csv", write, draw, args)
 
 
-def figure_path(synthetic, ending, args):
-    source = Path(args.root).stem if args.dataset == "features" else args.dataset
-    parts = [f"figure{args.figure}", source, "synthetic" * synthetic]
-    return args.out / f"{'-'.join(filter(None, parts))}{ending}"
-
-
-def draw_lines(plot, table, points):
+def draw_lines(table, points, plot):
     """A row of two axes for each unit: the scores, and the differences to the reference."""
     _, columns, rows, reference = table
     units = dict.fromkeys(column.unit for column in columns)  # valence and arousal share one
@@ -1010,14 +999,21 @@ def draw_lines(plot, table, points):
     return figure
 
 
-def save_picture(path, title, synthetic, draw, *what):
-    """The png of draw(pyplot, *what), if matplotlib is installed."""
+def save_figure(title, synthetic, ending, write, draw, args):
+    """The numbers of a figure, by write(path), and its png, of draw(pyplot), if matplotlib is
+    installed."""
+    source = Path(args.root).stem if args.dataset == "features" else args.dataset
+    parts = [f"figure{args.figure}", source, "synthetic" * synthetic]
+    path = args.out / f"{'-'.join(filter(None, parts))}{ending}"
+    with data.replacing(path) as part:
+        write(part)
+    print(path)
     try:
         from matplotlib import pyplot
     except ImportError:
         print("matplotlib is not installed: no png")
         return
-    figure, path = draw(pyplot, *what), path.with_suffix(".png")
+    figure, path = draw(pyplot), path.with_suffix(".png")
     figure.suptitle("SYNTHETIC DATA - " * synthetic + title)
     with data.replacing(path) as part:
         figure.savefig(part, dpi=90)
@@ -1054,16 +1050,12 @@ def figure_5(args):
     for name, matrix in S.items():
         print(f"{name}: mean similarity {matrix.mean():.3f}, "
               f"mean |S - S_teacher| {(matrix - S['teacher']).abs().mean():.3f}")
-    out = figure_path(settings["synthetic"], ".npz", args)
-    with data.replacing(out) as part:
-        np.savez(part, **S)
-    print(out)
     title = f"Figure 5: similarity matrices, {args.dataset} fold {settings['fold']}"
-    save_picture(out, title, settings["synthetic"], draw_matrices, S, train.label,
-                 class_names(settings))
+    draw = functools.partial(draw_matrices, S, train.label, class_names(settings))
+    save_figure(title, settings["synthetic"], ".npz", lambda path: np.savez(path, **S), draw, args)
 
 
-def draw_matrices(plot, S, label, names):
+def draw_matrices(S, label, names, plot):
     """The similarity matrices side by side; label (b,) and names say where each class lies, labels
     (b, L, 2) have none."""
     figure, axes = plot.subplots(1, len(S), figsize=(3.2 * len(S), 3.6), layout="constrained")

@@ -262,7 +262,7 @@ def start_log(run, settings):
 
 
 def fingerprint(arrays):
-    """12 hex digits that identify a dict of tensors or numpy arrays, a state dict for one."""
+    """12 hex digits that identify a dict of tensors, arrays or bytes, a state dict for one."""
     digest = hashlib.sha256()
     for key, value in arrays.items():
         value = value.cpu().numpy() if torch.is_tensor(value) else value
@@ -850,22 +850,24 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-def folds_of(source):
-    """1 to 5, or fold 1 alone where the data set has a split of its own."""
-    return [1, 2, 3, 4, 5] if source.split is None else [1]
+def folds_of(source, chosen):
+    """The numbers of the chosen folds, of 1 to 5, or fold 1 alone where the data set has a split of
+    its own; chosen: what --fold says, as a list."""
+    there = [1, 2, 3, 4, 5] if source.split is None else [1]
+    folds = [fold for fold in there if {"all", str(fold)} & set(chosen)]
+    if not folds:
+        raise UserError(f"--fold {' '.join(chosen)}: {source.path} has its own split into training "
+                        "and test; there is only fold 1")
+    return folds
 
 
 def main():
     args = parse()
     join_ranks(args)
     settings, source = make_settings(**vars(args))
-    folds = folds_of(source)
-    if args.fold != "all" and int(args.fold) not in folds:
-        raise UserError(f"--fold {args.fold}: {settings['root']} has its own split into training "
-                        "and test; there is only fold 1")
 
     # several folds are dealt out to the ranks, one is trained by all of them together
-    folds = folds if args.fold == "all" else [int(args.fold)]
+    folds = folds_of(source, [args.fold])
     each = alone(args) if len(folds) > 1 else one_voice(args)
     for fold in deal_out(folds, "folds", args) if len(folds) > 1 else folds:
         settings["fold"] = fold
