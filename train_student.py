@@ -437,7 +437,7 @@ def class_names(settings):
 
 def predict(args):
     """One csv line per sample (class probabilities) or clip (valence, arousal) of unlabelled faces,
-    on stdout; what cannot be used is named on stderr. Returns the exit code, then 1."""
+    on stdout; what cannot be used is named on stderr, and the exit code, returned, is then 1."""
     if not args.student:
         raise UserError("--predict needs --student STUDENT.pt")
     state = load(args.student, "student")
