@@ -909,10 +909,11 @@ def format_table(table, cells, args):
 
 def format_lambdas(cells):
     """A line for each cell whose students are chosen among several lambdas."""
-    for (row, column), cell in cells.items():
-        if len(cell.flags.lambdas) > 1 and cell.flags.method != "none":
+    for (row, column), (*_, flags, runs) in cells.items():
+        student = flags.role == "student" and flags.method != "none"
+        if runs and student and len(flags.lambdas) > 1:
             chosen = ", ".join(f"{line['lambda']:g} (fold {fold}, seed {seed})"
-                               for (fold, seed), line in cell.runs.items())
+                               for (fold, seed), line in runs.items())
             yield f"- lambda chosen on validation, {row}, {column}: {chosen}"
 
 
