@@ -904,7 +904,8 @@ def format_table(table, cells, args):
     text += [f"- fewer than {size} training samples: there batch size {size} is b = {b}"
              for size, b in sorted(sizes) if b < size]
     differences = list(format_gaps(table, cells, points))
-    return "\n".join([*text, *format_lambdas(cells), *differences, CAPTION * bool(differences)])
+    text += [*format_lambdas(cells), *differences]
+    return "\n".join(text + [CAPTION] * bool(differences))
 
 
 def format_lambdas(cells):
