@@ -3161,12 +3161,11 @@ def test_positive_control(tmp_path, capsys):
 
 def cells_of(table, **found):
     """Results lines of a table's cells: {label of a row: {(fold, seed): accuracy in the first column}}."""
-    rows, columns = [row.label for row in table.rows], [column.heading for column in table.columns]
-    cells = {(row, column): {} for row in rows for column in columns}
+    cells, column = train_student.empty_cells(table, train_student.parse([])), table.columns[0]
     for label, runs in found.items():
-        cells[next(name for name in rows if name.startswith(label)), columns[0]] = {
-            key: {"accuracy": value, "synthetic": False, "dataset": table.columns[0].dataset, "fusion": "concat"}
-            for key, value in runs.items()}
+        cells[next(name for name, _ in cells if name.startswith(label)), column.heading].runs.update({
+            key: {"accuracy": value, "synthetic": False, "dataset": column.dataset, "fusion": "concat"}
+            for key, value in runs.items()})
     return cells
 
 
@@ -3186,7 +3185,7 @@ def test_a_known_table():
             "95 % interval over folds [-19.84, +26.84], inside the noise") in lines
     assert lines[2].endswith("WES, fusion concat") and lines[3].endswith("WES, fusion -")  # what ran, and what did not
     assert "SYNTHETIC" not in text
-    for record in cells["Cosine similarity [10]", "BioVid (B) accuracy"].values():
+    for record in cells["Cosine similarity [10]", "BioVid (B) accuracy"].runs.values():
         record["synthetic"] = True
     assert train_student.format_table(table, cells, args).startswith("**SYNTHETIC DATA - ")
 
@@ -3309,8 +3308,8 @@ def test_a_table_stands_on_the_teachers_that_are_there(two_views, tmp_path, caps
     assert "privileged, fusion mmt\n" in out
     folds = [train_teacher.load(path, "teacher")["settings"] for path in tmp_path.glob("features/*/fold*/teacher.pt")]
     assert len(folds) == 5 and {(s["fusion"], s["fusion_epochs"]) for s in folds} == {("mmt", 2)}
-    few = train_student.parse(f"--table 5 --root {two_views} --out {tmp_path} --labelled 60 --fold 1".split())
-    (path,) = train_student.teacher_settings("features", few)[1]  # one head for every number of labels
+    few = train_student.parse(f"{table} --labelled 60 --fold 1".split())
+    (path,) = train_student.teacher_settings(few)[1]  # one head for every number of labels
     assert path == tmp_path / "features" / "c4-mmt-60labels" / "fold1" / "teacher.pt"
     before = {path: path.read_bytes() for path in tmp_path.glob("features/*/fold*/*.pt")}
     assert call(train_teacher, f"{teacher} --fold 2 --fusion-epochs 2") == 0  # another head overwrites nothing

@@ -13,13 +13,13 @@ The student is the visual backbone of stage 1 (frozen, unless --finetune), the f
 """
 import csv
 import functools
-import hashlib
 import json
 import math
 import os
 import statistics
 import sys
 import time
+from argparse import Namespace
 from itertools import product, starmap
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +47,7 @@ from pkdot import (
 from train_teacher import (
     alone,
     append_line,
+    at_least,
     autocast,
     bar,
     better,
@@ -66,7 +67,6 @@ from train_teacher import (
     seed_all,
     show,
     snapshot,
-    wait_for_all,
     with_flags,
 )
 
@@ -92,7 +92,7 @@ def distil(teacher, args, keep_student=True, watch=None):
     after each; predict(windows, "z") is the student's z (S, m) of them.
     """
     # prepare: the teacher's answers to all windows, the student, what it sees
-    begin, run, device = time.time(), teacher["path"].parent, args.device
+    begin, run = time.time(), teacher["path"].parent
     choice, settings = identity(args, teacher), teacher["settings"]
     saved_as = settings | {f"student_{key}": value for key, value in choice.items()}
     finished = run / f"student-{args.method}.pt"
@@ -107,15 +107,14 @@ def distil(teacher, args, keep_student=True, watch=None):
         raise UserError(f"--method {args.method} compares class probabilities, and valence/arousal "
                         "has none; choose another method")
 
-    features = teacher_features(teacher, device)
-    fold = fold_of(features, settings, dense=True)
+    features, fold = teacher_data(teacher, args)
     index = fold.train.index
     samples, b = len(index), min(args.batch_size, len(index))
     args = with_flags(args, k=min(args.k, b))  # no more anchors than rows
     if b < args.batch_size and keep_student:
         print(f"warning: only {samples} training samples; batches are of {b} and k is {args.k}",
               file=sys.stderr)
-    label = fold.train.label.to(device)
+    label = fold.train.label.to(args.device)
     targets = teacher_answers(teacher, features, index)
 
     seed_all(args.seed, 3)
@@ -170,16 +169,13 @@ def distil(teacher, args, keep_student=True, watch=None):
     # finish: the test fold, once; the score of the validation part, by which a table chooses lambda
     if best:
         trained.load_state_dict(best["model"])
-    state = None
-    if best and keep_student:
-        tested = samples_of(features, fold.test)
-        state = dict(kind="student", settings=saved_as, model=snapshot(student),
-                     test_names=[*tested], test_labels=fingerprint(tested))
+    tested = samples_of(features, fold.test)
+    state = best and keep_student and dict(
+        kind="student", settings=saved_as, model=snapshot(student), test_names=[*tested],
+        test_labels=fingerprint(tested))
     if fault:
         train_teacher.diverged(fault, "lower --lr or raise --epsilon", finished, state, args)
-    validation = best["score"]
-    if args.select == "test":
-        validation = criterion(score(features, fold.val, predict(fold.val)))
+    validation = criterion(score(features, fold.val, predict(fold.val)))
     output = predict(fold.test)
     found = score(features, fold.test, output)
     record = result_line(
@@ -229,13 +225,12 @@ def what_the_student_sees(features, settings, args):
     visual = features.rows["visual"]
     privileged = features.rows["privileged"] if args.hallucinate == "oracle" else None
     if args.finetune:
-        file = settings["dataset"] == "features"
-        root = args.root or settings["root"]
-        source = data.Features(root) if file else open_faces(settings, args)
+        source = open_faces(settings, args, whole=True)
         if train_teacher.digest(source) != settings["data"]:
             raise UserError(
                 f"{source.path}: its samples are not those that the teacher was trained on; "
                 "train the teacher again, or give the --root it was trained on")
+        file = settings["dataset"] == "features"
         visual = source.rows["visual"].to(args.device) if file else source
     return visual, privileged
 
@@ -264,7 +259,7 @@ def teacher_answers(teacher, features, index):
     head = make_head(teacher["settings"]).to(visual.device).eval()
     head.load_state_dict(teacher["head"])
     answers = [head(visual[rows], privileged[rows]) for rows in index.split(256)]
-    return Fused(*(torch.cat(part) for part in zip(*answers, strict=True)))
+    return Fused(*map(torch.cat, zip(*answers, strict=True)))
 
 
 def build_student(settings, hallucinate="tnet", chunk=None):
@@ -298,23 +293,23 @@ def log_epoch(run, args, epochs, epoch, loss_gt, W, found):
                    f"{part} {show(found)}")
 
 
-def open_faces(settings, args, folder=None):
-    """What a run's student looks at, without any privileged file: the data set that it was trained
-    on, or the unlabelled faces in a folder. A features file may be another one, of the same shape.
-    """
+def open_faces(settings, args, folder=None, whole=False):
+    """What a run's student looks at, without anything privileged unless a features file is read as
+    a whole: the data set that it was trained on, or the unlabelled faces in a folder. A features
+    file may be another one, of the same shape."""
     kind, length, size = (settings[key] for key in ("dataset", "length", "image_size"))
     root = folder or args.root or settings["root"]
     start = settings["face_start"] if args.face_start is None else args.face_start
-    if kind != "features" and folder:
+    if kind == "features":
+        source = data.Features(root, privileged=whole, labelled=not folder)
+        found, wanted = source.rows["visual"].shape[1], settings["visual_dim"]
+        if (source.length, found) != (length, wanted):
+            raise UserError(f"{root}: visual is (N, {source.length}, {found}), the student was "
+                            f"trained on (N, {length}, {wanted})")
+        return source
+    if folder:
         return data.Faces(folder, kind, length, size, start)
-    if kind != "features":
-        return data.open_dataset(kind, root, settings["outputs"], length, size, False, start)
-    source = data.Features(root, privileged=False, labelled=not folder)
-    found, wanted = source.rows["visual"].shape[1], settings["visual_dim"]
-    if (source.length, found) != (length, wanted):
-        raise UserError(f"{root}: visual is (N, {source.length}, {found}), the student was trained "
-                        f"on (N, {length}, {wanted})")
-    return source
+    return data.open_dataset(kind, root, settings["outputs"], length, size, False, start)
 
 
 def open_teacher(path, settings=None):
@@ -338,14 +333,15 @@ def visual_weights(teacher):
     return weights
 
 
-def teacher_features(teacher, device):
-    """The features that a teacher was trained on."""
-    features = train_teacher.open_features(teacher["stage 1"], teacher["settings"], device)
+def teacher_data(teacher, args):
+    """The features that a teacher was trained on, and their fold."""
+    settings = teacher["settings"]
+    features = train_teacher.open_features(teacher["stage 1"], settings, args.device)
     if features.backbones != teacher["backbones"]:
         raise UserError(f"{teacher['stage 1']}: features.npz is of other backbones than "
                         f"{teacher['path']}; finish the teacher: train_teacher.py --resume with "
                         "the same flags")
-    return features
+    return features, fold_of(features, settings, dense=True)
 
 
 CHOICES = ("method", "k", "epsilon", "debias", "anchors", "shared", "transport",
@@ -357,35 +353,39 @@ def identity(args, teacher):
     weights, the code of the loss and the networks."""
     choice = {key: vars(args)[key] for key in CHOICES}
     choice["lambda"] = 0.0 if args.method == "none" else args.lam
-    default = STAND_IN_EPOCHS if teacher["settings"]["synthetic"] else EPOCHS
-    choice["epochs"] = args.epochs or default
+    stand_in = teacher["settings"]["synthetic"]
+    choice["epochs"] = args.epochs or (STAND_IN_EPOCHS if stand_in else EPOCHS)
     return choice | {"teacher": teacher["weights"], "code": code_digest()}
 
 
 @functools.cache  # the code that runs is the code that was imported, whatever is edited meanwhile
 def code_digest():
-    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes()
-                    for name in ("sinkhorn", "pkdot", "models"))
-    return hashlib.sha256(code).hexdigest()[:12]
+    return fingerprint({name: Path(__file__).with_name(name).read_bytes()
+                        for name in ("sinkhorn.py", "pkdot.py", "models.py")})
 
 
 def teachers_under(out, name):
     """All teacher.pt of a data set, "*" for any, the newest first."""
-    found = out.glob(f"{name}/*/fold*/teacher.pt")
-    return sorted(found, key=os.path.getmtime, reverse=True)
+    return sorted(out.glob(f"{name}/*/fold*/teacher.pt"), key=os.path.getmtime, reverse=True)
 
 
-def newest_teacher(args):
-    """The newest teacher.pt under --out, of --dataset and --synthetic if they are given."""
+def chosen_teachers(args):
+    """The teacher.pt of --teacher, or the newest under --out, of --dataset and --synthetic if they
+    are given; or the siblings of it that --fold names."""
     name = (args.dataset or "*") + "-synthetic" * args.synthetic
-    if found := teachers_under(args.out, name):
-        return found[0]
-    name = name.replace("*", "<dataset>")
-    raise UserError(f"{args.out}: no {name}/<variant>/fold<n>/teacher.pt in it; "
-                    "run train_teacher.py first")
+    path = args.teacher or next(iter(teachers_under(args.out, name)), None)
+    if not path:
+        raise UserError(f"{args.out}: no {name}/*/fold*/teacher.pt in it; "
+                        "run train_teacher.py first")
+    variant = path.parent.parent
+    if not args.fold:
+        return [path]
+    if "all" in args.fold:
+        return sorted(variant.glob("fold*/teacher.pt"))
+    return [variant / f"fold{fold}" / "teacher.pt" for fold in args.fold]
 
 
-def student_output(state, source, index, args, text):
+def student_output(state, source, index, args):
     """Output of a saved student for windows of faces, in the precision that it was trained in."""
     settings = state["settings"]
     student = build_student(settings)
@@ -401,12 +401,12 @@ def student_output(state, source, index, args, text):
         with autocast(args, amp):
             return student.fuse(features.float()).output
 
-    return train_teacher.answers(forward, bar(loader, text), args)
+    return train_teacher.answers(forward, bar(loader, "faces"), args)
 
 
-def evaluate(path, args):
+def evaluate(args):
     """Test score of a saved student, from the faces alone: no privileged file is opened."""
-    state = load(path, "student")
+    state = load(args.evaluate, "student")
     settings, wanted = state["settings"], state["test_names"]
     source = open_faces(settings, args)
     missing = sorted(set(wanted) - set(source.name))
@@ -418,16 +418,15 @@ def evaluate(path, args):
     if fingerprint(samples_of(source, windows)) != state["test_labels"]:
         raise UserError(f"{source.path}: its samples bear the names of the student's test samples, "
                         "but other labels; give the --root it was trained on")
-    found = score(source, windows, student_output(state, source, windows.index, args, "evaluate"))
+    found = score(source, windows, student_output(state, source, windows.index, args))
     print(f"{heading(settings)}, n = {found['n']}: "
           f"student {settings['student_method']} {show(found)}")
 
 
 def samples_of(source, windows):
     """{name: label} of samples, in the order of their names."""
-    names = source.name[windows.index[:, 0].numpy()]
-    order = names.argsort()
-    return dict(zip(names[order].tolist(), windows.label[order], strict=True))
+    names = source.name[windows.index[:, 0].numpy()]  # no two alike
+    return dict(sorted(zip(names.tolist(), windows.label, strict=True)))
 
 
 def class_names(settings):
@@ -436,14 +435,16 @@ def class_names(settings):
     return data.BioVid.levels(outputs) if biovid else range(outputs)
 
 
-def predict(folder, path, args):
+def predict(args):
     """One csv line per sample (class probabilities) or clip (valence, arousal) of unlabelled faces,
-    on stdout; what cannot be used is named on stderr. Returns the exit code, then 1."""
-    state = load(path, "student")
+    on stdout; what cannot be used is named on stderr, and the exit code, returned, is then 1."""
+    if not args.student:
+        raise UserError("--predict needs --student STUDENT.pt")
+    state = load(args.student, "student")
     settings = state["settings"]
-    source = open_faces(settings, args, folder)
+    source = open_faces(settings, args, args.predict)
     index, keep = data.windows(source.video, source.length)
-    output = student_output(state, source, index, args, "predict")
+    output = student_output(state, source, index, args)
 
     if settings["task"] == "regression":  # each clip once, in their order
         header, names = ["clip", "valence", "arousal"], source.name
@@ -458,7 +459,7 @@ def predict(folder, path, args):
         write([name, *(f"{number:.4f}" for number in numbers)])
     for fault in source.faults:
         print(fault, file=sys.stderr)
-    return 1 if source.faults else 0
+    return bool(source.faults)
 
 
 # ------------------------------------------------------------------------------ tables, figures
@@ -478,10 +479,14 @@ class Column(NamedTuple):
     def digits(self):
         return 2 if self.metric == "accuracy" else 3
 
+    @property
+    def unit(self):
+        return "accuracy (%)" if self.metric == "accuracy" else "CCC"
+
 
 class Row(NamedTuple):
     label: str
-    ours: dict | str | None  # a student, by its flags; a bound, "visual" or "multimodal"; others'
+    ours: dict | None  # what it changes of the command's flags; None: others' work, not run
     paper: dict = {}  # the numbers as the paper prints them, by column
 
 
@@ -492,16 +497,33 @@ class Table(NamedTuple):
     reference: tuple | None = None  # of a figure: row (None: the same) and series to compare to
 
 
+class Cell(NamedTuple):
+    """A row of a table in one of its columns."""
+    row: Row
+    column: Column
+    flags: Namespace  # the command's, with what column and row change
+    runs: dict  # {(fold, seed): results line}; a bound has a run a fold, of seed None
+
+    @property
+    def undefined(self):
+        """KL compares class probabilities."""
+        return self.flags.method == "kl" and self.column.metric != "accuracy"
+
+    @property
+    def scores(self):
+        return {run: line[self.column.metric] for run, line in self.runs.items()}
+
+
 TABLE_I = {
     "biovid_a": "BioVid (A): visual (weak, prevalent) + EDA (strong, privileged), SEW",
     "biovid_b": "BioVid (B): visual (strong, prevalent) + EMG (weak, privileged), WES",
     "affwild2": "Affwild2: visual (strong, prevalent) + audio (weak, privileged), WES",
     "features": "features file: visual (prevalent) + privileged"}
 
-# What stands beside the paper's number in a row: a bound, or a student by its flags. Others' work
-# is not run.
+# What stands beside the paper's number in a row, by the flags that it changes. Others' work is not
+# run.
 OURS = {
-    "Visual only (lower bound)": "visual",
+    "Visual only (lower bound)": {"role": "visual"},
     "none (lambda 0)": {"method": "none"},
     "Cosine similarity [10]": {"method": "cosine"},
     "MSE [8]": {"method": "mse"},
@@ -509,7 +531,7 @@ OURS = {
     "RKD [31]": {"method": "rkd"},
     "PKDOT": {},
     "PKDOT, shared anchors": {"shared": True},
-    "Multimodal (upper bound)": "multimodal"}
+    "Multimodal (upper bound)": {"role": "multimodal"}}
 
 
 def printed(title, columns, text):
@@ -526,8 +548,9 @@ BIOVID_A = Column("BioVid (A) accuracy", "biovid_a", "accuracy")
 BIOVID_B = Column("BioVid (B) accuracy", "biovid_b", "accuracy")
 VALENCE = Column("Affwild2 valence", "affwild2", "valence")
 AROUSAL = Column("Affwild2 arousal", "affwild2", "arousal")
+COLUMNS = [BIOVID_B, VALENCE, AROUSAL]  # Table II's
 TABLES = {
-    "2": printed("Table II: privileged KD methods", [BIOVID_B, VALENCE, AROUSAL], """
+    "2": printed("Table II: privileged KD methods", COLUMNS, """
         Cosine similarity [10]    | 75.40 | 0.37 | 0.53
         MSE [8]                   | N/A   | 0.39 | 0.53
         KL [8]                    | 75.80 | N/A  | N/A
@@ -566,8 +589,8 @@ TABLES = {
         none (lambda 0)
         PKDOT                     | 78.76
         Multimodal (upper bound)  | 81.30"""),
-    "choices": Table("Choices that the paper leaves open (not in the paper)",
-                     [BIOVID_B, VALENCE, AROUSAL], list(starmap(Row, {
+    "choices": Table("Choices that the paper leaves open (not in the paper)", COLUMNS,
+                     list(starmap(Row, {
         "PKDOT": {},
         "anchors shared by the batch": {"shared": True},
         "anchors shared, random": {"shared": True, "anchors": "random"},
@@ -586,20 +609,20 @@ TABLES = {
         "the release's lambda, epsilon, epoch and folds": {
             "lambdas": [0.6], "epsilon": 0.01, "select": "test", "folds": "clips"},
         "none (lambda 0)": {"method": "none"},
-        "Visual only (lower bound)": "visual",
-        "Multimodal (upper bound)": "multimodal"}.items())))}
+        "Visual only (lower bound)": {"role": "visual"},
+        "Multimodal (upper bound)": {"role": "multimodal"}}.items())))}
 FIGURES = {
     "6": Table("Figure 6: batch size and number of anchors",
                [BIOVID_B._replace(series=f"k = {k}", change={"k": k}) for k in (5, 15, 30)],
                [Row(f"batch size {b}", {"batch_size": b}) for b in (32, 64, 128, 256)],
                reference=("batch size 128", "k = 30")),  # the paper's
-    "7": Table("Figure 7: epsilon", [BIOVID_B, VALENCE, AROUSAL],
+    "7": Table("Figure 7: epsilon", COLUMNS,
                [Row(f"epsilon {e:g}", {"epsilon": e}) for e in (0.001, 0.01, 0.1, 1.0, 10.0)],
                reference=("epsilon 0.1", "")),  # the paper's
     "labels": Table("Figure labels: number of labelled training samples (not in the paper)",
-                    [BIOVID_A._replace(series=name, change=change) for name, change in {
-                        "none": {"method": "none"}, "cosine": {"method": "cosine"},
-                        "KL": {"method": "kl"}, "PKDOT": {}, "PKDOT shared": {"shared": True},
+                    [BIOVID_A._replace(series=name, change=OURS[row]) for name, row in {
+                        "none": "none (lambda 0)", "cosine": "Cosine similarity [10]",
+                        "KL": "KL [8]", "PKDOT": "PKDOT", "PKDOT shared": "PKDOT, shared anchors",
                     }.items()],
                     [*(Row(f"labels {n}", {"labelled": n}) for n in (20, 60, 200, 600)),
                      Row("labels all", {"labelled": None})],
@@ -621,63 +644,54 @@ def read_results(path):
     return records
 
 
-def is_student(row):
-    return isinstance(row.ours, dict)
-
-
-def changes(row, column):
-    """What the student of a cell changes of the command's flags."""
-    return column.change | row.ours if is_student(row) else column.change
-
-
-def undefined(row, column):
-    """KL compares class probabilities."""
-    return changes(row, column).get("method") == "kl" and column.metric != "accuracy"
+def empty_cells(table, args):
+    """{(row, column): Cell} of a table, by label and heading, none of them run."""
+    cells = {}
+    for row, column in product(table.rows, table.columns):
+        flags = with_flags(args, dataset=column.dataset, **column.change | (row.ours or {}))
+        cells[row.label, column.heading] = Cell(row, column, flags, {})
+    return cells
 
 
 def fill(table, args):
-    """Trains what the table lacks, teachers included. Returns {(row, column): {(fold, seed):
-    results line}} by label and heading, what is not the default in its teachers, and why data sets
-    are missing. A bound has a run a fold, of seed None."""
-    cells, notes, problems = {}, [], {}
-    jobs = []  # a cell's runs, which of them, and the students that it is chosen from
+    """Trains what the table lacks, teachers included. Returns its cells, what is not the default in
+    its teachers, and why data sets or runs are missing."""
+    cells, notes, problems = empty_cells(table, args), [], []
+    jobs = []  # a cell's runs, which of them, and a student that it is chosen from
 
     @functools.cache
-    def teachers_of(dataset, classes, labelled, folds):
-        flags = with_flags(args, classes=classes, labelled=labelled, folds=folds)
+    def teachers_of(**which):
+        flags = with_flags(args, **which)
         try:
-            *found, note = teacher_settings(dataset, flags)
+            *found, note = teacher_settings(flags)
         except UserError as error:
-            problems[str(error)] = f"{dataset} not run: {error}"
+            problems.append(f"{flags.dataset} not run: {error}")
             return []
         notes.extend(note)
         return ensure_teachers(*found, flags)
 
-    for row, column in product(table.rows, table.columns):
-        runs = cells[row.label, column.heading] = {}
-        if row.ours is None or undefined(row, column):
+    for cell in cells.values():
+        row, _, flags, runs = cell
+        if row.ours is None or cell.undefined:
             continue
-        flags = with_flags(args, **changes(row, column))
-        for teacher in teachers_of(column.dataset, flags.classes, flags.labelled, flags.folds):
+        for teacher in teachers_of(dataset=flags.dataset, classes=flags.classes,
+                                   labelled=flags.labelled, folds=flags.folds):
             settings = teacher["settings"]
-            if not is_student(row):
-                found = teacher["scores"][row.ours]
-                runs[settings["fold"], None] = result_line(settings, row.ours, found, 0)
+            if flags.role != "student":
+                runs[settings["fold"], None] = settings | teacher["scores"][flags.role]
                 continue
 
             # a student for each seed, and for each lambda to choose from
-            for seed in range(args.seed, args.seed + args.seeds):
-                students = [(teacher, with_flags(flags, seed=seed, lam=lam))
-                            for lam in flags.lambdas]
-                jobs.append((runs, (settings["fold"], seed), students))
+            for seed, lam in product(range(args.seed, args.seed + args.seeds), flags.lambdas):
+                student = teacher, with_flags(flags, seed=seed, lam=lam)
+                jobs.append((runs, (settings["fold"], seed), student))
 
-    wanted = [student for *_, students in jobs for student in students]
-    known = train_missing(wanted, args, problems)
-    for runs, run, students in jobs:
-        lines = [line for student in students if (line := student_of(*student, known))]
-        if lines:
-            runs[run] = max(lines, key=lambda line: line["validation"])
-    return cells, notes, list(problems.values())
+    known = train_missing([student for *_, student in jobs], args, problems)
+    for runs, run, student in jobs:
+        line = student_of(*student, known)
+        if line and (run not in runs or line["validation"] > runs[run]["validation"]):
+            runs[run] = line
+    return cells, notes, dict.fromkeys(problems)
 
 
 def train_missing(students, args, problems):
@@ -687,13 +701,11 @@ def train_missing(students, args, problems):
     known = [] if args.fresh else read_results(results)
     missing = {json.dumps(identity(flags, teacher)): (teacher, flags)
                for teacher, flags in students if not student_of(teacher, flags, known)}
-    wait_for_all()  # until all have read: who trains changes what is missing
     for teacher, flags in deal_out(list(missing.values()), "students", args):
         try:
             distil(teacher, alone(flags), keep_student=False)
         except UserError as error:  # one that diverges leaves its cell without this run
-            problems[str(error)] = f"{flags.method} of {teacher['path']} not run: {error}"
-    wait_for_all()
+            problems.append(f"{flags.method} of {teacher['path']} not run: {error}")
     return read_results(results)
 
 
@@ -704,15 +716,12 @@ def student_of(teacher, args, known):
     return next((line for line in reversed(known) if wanted <= line.items()), None)
 
 
-def teacher_settings(dataset, args):
+def teacher_settings(args):
     """A table's data set, {teacher.pt: settings} of its teachers, one a fold: like the newest
     teacher that is there, or train_teacher.py's defaults; and a note of what is not the default."""
-    given = {key: vars(args)[key] for key in (
-        "root", "synthetic", "classes", "amp", "labelled", "folds", "face_start")}
-    settings, source = make_settings(dataset, **given)
-    folds = train_teacher.folds_of(source, args.fold)
-
-    name = dataset + "-synthetic" * settings["synthetic"]
+    given = vars(args) | dict(batch_size=None, lr=None, seed=None)  # they are the students' own
+    settings, source = make_settings(**given)
+    name = args.dataset + "-synthetic" * settings["synthetic"]
     there = (load(path, "teacher")["settings"] for path in teachers_under(args.out, name))
     same = ("root", "task", "outputs")
     newest = next((old for old in there if all(old[key] == settings[key] for key in same)), {})
@@ -720,23 +729,22 @@ def teacher_settings(dataset, args):
                if key not in ("fold", "folds", "labelled", "data") and value != settings[key]}
     note = []
     if changed:
-        settings, source = make_settings(dataset, **given | changed)
-        note = [f"- {dataset}/{train_teacher.variant(settings)}: teachers with "
+        settings, source = make_settings(**given | changed)
+        note = [f"- {args.dataset}/{train_teacher.variant(settings)}: teachers with "
                 + ", ".join(f"{key} {value}" for key, value in changed.items())]
-    wanted = [settings | {"fold": fold} for fold in folds]
-    for one in wanted:
+    wanted = {}
+    for fold in train_teacher.folds_of(source, args.fold):
+        one = settings | {"fold": fold}
         fold_of(source, one)  # or one line says why not
-    paths = {train_teacher.run_folder(one, args.out) / "teacher.pt": one for one in wanted}
-    return source, paths, note
+        wanted[train_teacher.run_folder(one, args.out) / "teacher.pt"] = one
+    return source, wanted, note
 
 
 def ensure_teachers(source, wanted, args):
     """The teachers of {teacher.pt: settings}; each rank trains its share of what is missing."""
     missing = [settings for path, settings in wanted.items() if not path.exists()]
-    wait_for_all()  # until all have looked
     for settings in deal_out(missing, "teachers", args):
         train_teacher.train_teacher(settings, source, alone(args))
-    wait_for_all()
     return list(starmap(open_teacher, wanted.items()))
 
 
@@ -759,8 +767,8 @@ def interval(ours, theirs):
         (sample,), shared = by_fold.values(), 0
     if len(sample) < 2:
         return None
-    mean, variance = statistics.mean(sample), statistics.variance(sample)
-    error = math.sqrt((1 / len(sample) + shared) * variance)
+    error = math.sqrt((1 / len(sample) + shared) * statistics.variance(sample))
+    mean = statistics.mean(sample)
     half = stats.t.ppf(0.975, len(sample) - 1) * error
     return mean, mean - half, mean + half
 
@@ -779,66 +787,65 @@ class Point(NamedTuple):
 def points_of(table, cells):
     """{(row, column): Point} of a table's cells."""
     points = {}
-    for row, column in product(table.rows, table.columns):
-        cell = row.label, column.heading
-        ours, theirs, _ = compared(table, row, column)
-        here, ours, theirs = ({run: line[column.metric] for run, line in cells[key].items()}
-                              for key in (cell, ours, theirs))
-        scores = [*here.values()]
+    for key, cell in cells.items():
+        scores = [*cell.scores.values()]
         mean = statistics.mean(scores) if scores else math.nan
         sd = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        difference = interval(ours, theirs) or [math.nan] * 3
-        points[cell] = Point(mean, sd, len(scores), *difference)
+        ours, theirs, _ = compared(table, cells, cell)
+        difference = interval(ours.scores, theirs.scores) or [math.nan] * 3
+        points[key] = Point(mean, sd, len(scores), *difference)
     return points
 
 
-def compared(table, row, column):
+def compared(table, cells, cell):
     """The two cells that a cell's difference is of, and its name: a table's PKDOT minus the cell,
     or a figure's cell minus its reference."""
-    cell = row.label, column.heading
+    row, column, *_ = cell
+    name = f"{row.label}, {column.heading}"
     if not table.reference:
-        return ("PKDOT", column.heading), cell, f"PKDOT minus {row.label}, {column.heading}"
+        return cells["PKDOT", column.heading], cell, f"PKDOT minus {name}"
     label, series = table.reference
     label = label or row.label
     other = f"{label}, {series}" if series else label
-    return (cell, (label, column._replace(series=series).heading),
-            f"{row.label}, {column.heading} minus {other}")
+    return cell, cells[label, column._replace(series=series).heading], f"{name} minus {other}"
 
 
-def runs_of(cell):
-    """What a +- is over: "5 folds x 3 seeds"."""
-    folds, seeds = map(set, zip(*cell, strict=True))
-    text = f"{len(folds)} fold{'s' * (len(folds) > 1)}"
-    return text if seeds == {None} else f"{text} x {len(seeds)} seed{'s' * (len(seeds) > 1)}"
-
-
-def format_cell(row, column, cell, point):
+def format_cell(cell, point):
+    """Ours, and what it is over: "76.00 ± 5.89 (2 folds x 3 seeds)"."""
+    row, column, _, runs = cell
     if row.ours is None:
         return ""
-    if undefined(row, column):
+    if cell.undefined:
         return "n/a"
-    if not cell:
+    if not runs:
         return "not run"
-    mean, sd = (f"{value:.{column.digits}f}" for value in point[:2])
-    return f"{mean} ± {sd} ({runs_of(cell)})" if len(cell) > 1 else f"{mean} ({runs_of(cell)})"
+    folds, seeds = map(set, zip(*runs, strict=True))
+    over = f"{len(folds)} fold{'s' * (len(folds) > 1)}"
+    if seeds != {None}:
+        over += f" x {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    if len(runs) == 1:
+        return f"{point.mean:.{column.digits}f} ({over})"
+    return f"{point.mean:.{column.digits}f} ± {point.sd:.{column.digits}f} ({over})"
 
 
 def format_gaps(table, cells, points):
     """A line for each paired difference, which says whether it is noise. Folds that are divided
     otherwise have no pairs."""
     for column, row in product(table.columns, table.rows):
-        ours, theirs, name = compared(table, row, column)
-        if ours == theirs or not (cells[ours] and cells[theirs]) or "folds" in changes(row, column):
+        key = row.label, column.heading
+        ours, theirs, name = compared(table, cells, cells[key])
+        pairs = ours.runs and theirs.runs and ours.flags.folds == theirs.flags.folds
+        if ours is theirs or not pairs:
             continue
-        gap = points[row.label, column.heading][3:]
-        if math.isnan(gap[0]):
+        *_, gap, low, high = points[key]
+        if math.isnan(gap):
             yield f"- {name}: one pair, no interval"
             continue
-        mean, low, high = (f"{value:+.{column.digits}f}" for value in gap)
-        over = "folds" if len({fold for fold, _ in cells[ours]}) > 1 else "the seeds of one split"
-        inside = gap[1] <= 0 <= gap[2] or gap[1] == gap[2]  # two equal differences prove nothing
-        noise = ", inside the noise" if inside else ""
-        yield f"- {name}: {mean}, 95 % interval over {over} [{low}, {high}]{noise}"
+        over = "folds" if len({fold for fold, _ in ours.runs}) > 1 else "the seeds of one split"
+        inside = low <= 0 <= high or low == high  # two equal differences prove nothing
+        form = f"+.{column.digits}f"
+        yield (f"- {name}: {gap:{form}}, 95 % interval over {over} [{low:{form}}, {high:{form}}]"
+               + ", inside the noise" * bool(inside))
 
 
 CAPTION = """
@@ -849,7 +856,7 @@ the training data that folds share (Nadeau and Bengio 2003)."""
 
 
 def lines_of(cells):
-    return [line for runs in cells.values() for line in runs.values()]
+    return [line for cell in cells.values() for line in cell.runs.values()]
 
 
 def is_synthetic(cells):
@@ -857,14 +864,12 @@ def is_synthetic(cells):
 
 
 def changed_flags(table, args):
-    """What the command changes for all cells: ["k 10", "folds over clips"]. What a figure varies,
-    each of its cells sets."""
-    default, given = vars(parse([])), vars(args)
-    varied = changes(table.rows[0], table.columns[0])
-    shown = {*CHOICES, "lambdas", "labelled"} - varied.keys()
-    changed = [f"{key} {given[key]}" for key, value in default.items()
-               if key in shown and given[key] != value]
-    return changed + ["folds over clips"] * (args.folds == "clips")
+    """What the command changes for all cells: ["k 10", "folds clips"]. What a figure varies, each
+    of its cells sets."""
+    varied = table.columns[0].change | (table.rows[0].ours or {})
+    shown = {*CHOICES, "lambdas", "labelled", "folds"} - varied.keys()
+    return [f"{key} {vars(args)[key]}" for key, default in vars(parse([])).items()
+            if key in shown and vars(args)[key] != default]
 
 
 def format_table(table, cells, args):
@@ -886,36 +891,35 @@ def format_table(table, cells, args):
     for row in rows:
         shown = [row.label]
         for column in columns:
-            cell = row.label, column.heading
+            key = row.label, column.heading
             paper = f"{row.paper.get(column.heading, '-')} | " * published
-            shown.append(paper + format_cell(row, column, cells[cell], points[cell]))
+            shown.append(paper + format_cell(cells[key], points[key]))
         text.append(f"| {' | '.join(shown)} |")
 
     text.append("")
     sizes = {(line["batch_size"], line["b"]) for line in lines if "b" in line}
     text += [f"- fewer than {size} training samples: there batch size {size} is b = {b}"
              for size, b in sorted(sizes) if b < size]
-    if len(args.lambdas) > 1:
-        text += format_lambdas(table, cells)
     differences = list(format_gaps(table, cells, points))
-    return "\n".join(text + differences + [CAPTION] * bool(differences))
+    text += [*format_lambdas(cells), *differences]
+    return "\n".join(text + [CAPTION] * bool(differences))
 
 
-def format_lambdas(table, cells):
+def format_lambdas(cells):
     """A line for each cell whose students are chosen among several lambdas."""
-    for row, column in product(table.rows, table.columns):
-        change = changes(row, column)
-        if is_student(row) and "lambdas" not in change and change.get("method") != "none":
-            runs = cells[row.label, column.heading].items()
+    for (row, column), (*_, flags, runs) in cells.items():
+        student = flags.role == "student" and flags.method != "none"
+        if runs and student and len(flags.lambdas) > 1:
             chosen = ", ".join(f"{line['lambda']:g} (fold {fold}, seed {seed})"
-                               for (fold, seed), line in runs)
-            yield f"- lambda chosen on validation, {row.label}, {column.heading}: {chosen}"
+                               for (fold, seed), line in runs.items())
+            yield f"- lambda chosen on validation, {row}, {column}: {chosen}"
 
 
-def for_features(table, path):
+def for_features(table, args):
     """A table's comparison on a features file: the same rows, the file's own metric, no number of
     the paper's."""
-    affect, stem = data.Features(path).task == "regression", Path(path).stem
+    settings, _ = make_settings(args.dataset, args.root)
+    affect, stem = settings["task"] == "regression", Path(args.root).stem
     columns = [column._replace(name=f"{stem} {metric}", dataset="features", metric=metric)
                for metric in (["valence", "arousal"] if affect else ["accuracy"])
                for column in table.columns if column.name == table.columns[0].name]
@@ -924,76 +928,67 @@ def for_features(table, path):
     return table._replace(title=title, columns=columns, rows=rows)
 
 
-def choose_table(name, args):
-    """The table or figure of that name; under --dataset, of this data set alone."""
-    table = (TABLES | FIGURES)[name]
+def choose_table(args):
+    """The table or figure that is asked for; under --dataset, of this data set alone."""
+    table = (TABLES | FIGURES)[args.table or args.figure]
     if args.dataset == "features":
-        return for_features(table, args.root)
-    if args.dataset:
-        columns = [column for column in table.columns if column.dataset == args.dataset]
-        table = table._replace(columns=columns)
-    if not table.columns:
+        return for_features(table, args)
+    columns = [column for column in table.columns if args.dataset in (None, column.dataset)]
+    if not columns:
         raise UserError(f"--dataset {args.dataset}: {table.title} has no column of it")
-    if args.root and len({column.dataset for column in table.columns}) > 1:
+    if args.root and len({column.dataset for column in columns}) > 1:
         raise UserError(f"--root {args.root}: {table.title} is of several data sets; "
                         "say which one with --dataset")
-    return table
+    return table._replace(columns=columns)
 
 
-def print_table(name, args):
-    table, begin = choose_table(name, args), time.time()
+def print_table(args):
+    """The table, or the figure as a table before it is drawn."""
+    table, begin = choose_table(args), time.time()
     cells, notes, problems = fill(table, args)
     if args.rank > 0:
-        return table, cells
+        return
     print(format_table(table, cells, args), *notes, sep="\n")
     seconds = {id(line): line["seconds"] for line in lines_of(cells)
-               if line["role"] == "student"}.values()  # two metrics of one run are one student
+               if "seconds" in line}.values()  # two metrics of one run are one student
     print(f"\n{time.time() - begin:.0f} s on {args.device}, torch {torch.__version__}; "
           f"{len(seconds)} students took {sum(seconds):.0f} s, whenever trained")
-    if not any(cells.values()):
+    if not lines_of(cells):
         raise UserError("; ".join(problems))
     for problem in problems:
         print(problem, file=sys.stderr)
-    return table, cells
+    if args.figure:
+        draw_figure(table, cells, args)
 
 
-def draw_figure(name, args):
-    """Figures 6, 7 and labels, as a table, as csv, and as png: the scores, and beside them the
-    paired differences to a common reference with their band."""
-    table, cells = print_table(name, args)
-    if args.rank > 0:
-        return
+def draw_figure(table, cells, args):
+    """Figures 6, 7 and labels as csv, and as png: the scores, and beside them the paired
+    differences to a common reference with their band."""
     points, synthetic = points_of(table, cells), is_synthetic(cells)
-    path = figure_path(name, args.dataset, synthetic, ".csv", args)
-    with data.replacing(path) as part, open(part, "w", newline="") as file:
-        write = csv.writer(file).writerow
-        write(["row", "column", *Point._fields, "data"])
-        for cell, point in points.items():
-            write([*cell, *point, "SYNTHETIC" * synthetic])
-    print(path)
-    save_picture(path, table.title, synthetic, draw_lines, table, points)
+    lines = [[*key, *point, "SYNTHETIC" * synthetic] for key, point in points.items()]
+
+    def write(path):
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([["row", "column", *Point._fields, "data"], *lines])
+
+    draw = functools.partial(draw_lines, table, points)
+    save_figure(table.title, synthetic, ".csv", write, draw, args)
 
 
-def figure_path(name, dataset, synthetic, ending, args):
-    source = Path(args.root).stem if dataset == "features" else dataset
-    parts = [f"figure{name}", source, "synthetic" * synthetic]
-    return args.out / f"{'-'.join(filter(None, parts))}{ending}"
-
-
-def draw_lines(plot, table, points):
+def draw_lines(table, points, plot):
     """A row of two axes for each unit: the scores, and the differences to the reference."""
     _, columns, rows, reference = table
-    units = ["accuracy (%)" if column.metric == "accuracy" else "CCC" for column in columns]
-    panels = list(dict.fromkeys(units))  # valence and arousal share one
-    figure, axes = plot.subplots(len(panels), 2, squeeze=False, layout="constrained",
-                                 figsize=(10, 4 * len(panels)))
+    units = dict.fromkeys(column.unit for column in columns)  # valence and arousal share one
+    figure, axes = plot.subplots(len(units), 2, squeeze=False, layout="constrained",
+                                 figsize=(10, 4 * len(units)))
+    panels = dict(zip(units, axes, strict=True))
     x = [row.label.split()[-1] for row in rows]
-    for column, unit in zip(columns, units, strict=True):
-        raw, paired = axes[panels.index(unit)]
+    for column in columns:
+        raw, paired = panels[column.unit]
         line = [points[row.label, column.heading] for row in rows]
         mean, sd, _, difference, low, high = zip(*line, strict=True)
         raw.errorbar(x, mean, sd, marker="o", capsize=3, label=column.heading)
-        raw.set_ylabel(f"{unit}, mean ± sd")
+        raw.set_ylabel(f"{column.unit}, mean ± sd")
         paired.plot(x, difference, marker="o", label=column.heading)
         paired.fill_between(x, low, high, alpha=0.15)
         paired.set_ylabel(f"difference to {' '.join(filter(None, reference))}, 95 % band")
@@ -1003,37 +998,43 @@ def draw_lines(plot, table, points):
     return figure
 
 
-def save_picture(path, title, synthetic, draw, *what):
-    """The png of draw(pyplot, *what), if matplotlib is installed."""
+def save_figure(title, synthetic, ending, write, draw, args):
+    """The numbers of a figure, by write(path), and its png, of draw(pyplot), if matplotlib is
+    installed."""
+    source = Path(args.root).stem if args.dataset == "features" else args.dataset
+    parts = [f"figure{args.figure}", source, "synthetic" * synthetic]
+    path = args.out / f"{'-'.join(filter(None, parts))}{ending}"
+    with data.replacing(path) as part:
+        write(part)
+    print(path)
     try:
         from matplotlib import pyplot
     except ImportError:
         print("matplotlib is not installed: no png")
         return
-    figure, path = draw(pyplot, *what), path.with_suffix(".png")
+    figure, path = draw(pyplot), path.with_suffix(".png")
     figure.suptitle("SYNTHETIC DATA - " * synthetic + title)
     with data.replacing(path) as part:
-        figure.savefig(part, format="png", dpi=90)
+        figure.savefig(part, dpi=90)
     print(path)
 
 
 def figure_5(args):
     """Similarity matrices (Eq. 4) of the teacher, and of the student before, halfway through and
     after training, over up to 128 training samples, sorted by class or by valence."""
-    args, dataset = one_lambda(args), args.dataset or "biovid_b"
+    args.dataset = args.dataset or "biovid_b"
     args.fold = [args.fold[0].replace("all", "1")]  # it shows one teacher
-    *found, note = teacher_settings(dataset, args)
+    *found, note = teacher_settings(args)
     teacher, = ensure_teachers(*found, args)
     if args.rank > 0:
         return
     for line in note:
         print(line)
     args = alone(args)
-    settings, features = teacher["settings"], teacher_features(teacher, args.device)
-    epochs = identity(args, teacher)["epochs"]
+    settings, epochs = teacher["settings"], identity(args, teacher)["epochs"]
+    features, fold = teacher_data(teacher, args)
 
-    train = fold_of(features, settings, dense=True).train
-    train = train.take(train.labelled)
+    train = fold.train.take(fold.train.labelled)
     train = train.take(torch.linspace(0, len(train.index) - 1, min(len(train.index), 128)).long())
     rank = train.label if train.label.ndim == 1 else train.label[..., 0].nanmean(1)
     train = train.take(rank.argsort(stable=True))
@@ -1048,22 +1049,19 @@ def figure_5(args):
     for name, matrix in S.items():
         print(f"{name}: mean similarity {matrix.mean():.3f}, "
               f"mean |S - S_teacher| {(matrix - S['teacher']).abs().mean():.3f}")
-    out = figure_path("5", dataset, settings["synthetic"], ".npz", args)
-    with data.replacing(out) as part, open(part, "wb") as file:
-        np.savez(file, **S)
-    print(out)
-    title = f"Figure 5: similarity matrices, {dataset} fold {settings['fold']}"
-    names = class_names(settings) if settings["task"] == "classification" else None
-    save_picture(out, title, settings["synthetic"], draw_matrices, S, train.label, names)
+    title = f"Figure 5: similarity matrices, {args.dataset} fold {settings['fold']}"
+    draw = functools.partial(draw_matrices, S, train.label, class_names(settings))
+    save_figure(title, settings["synthetic"], ".npz", lambda path: np.savez(path, **S), draw, args)
 
 
-def draw_matrices(plot, S, label, names):
-    """The similarity matrices side by side; label (b,) and names say where each class lies."""
+def draw_matrices(S, label, names, plot):
+    """The similarity matrices side by side; label (b,) and names say where each class lies, labels
+    (b, L, 2) have none."""
     figure, axes = plot.subplots(1, len(S), figsize=(3.2 * len(S), 3.6), layout="constrained")
     for axis, (title, matrix) in zip(axes, S.items(), strict=True):
         image = axis.imshow(matrix.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         axis.set(title=title, xlabel="training samples")
-        if not names:
+        if label.ndim > 1:
             axis.set_ylabel("sorted by valence")
             continue
         level, count = label.unique_consecutive(return_counts=True)
@@ -1079,7 +1077,7 @@ def draw_matrices(plot, S, label, names):
 
 def parse(argv=None):
     parser = Parser(__doc__)
-    add, at_least = parser.add_argument, train_teacher.at_least
+    add = parser.add_argument
     count, number = at_least(1), at_least(0, float)
     add("--teacher", type=Path, metavar="FILE", help="default: the newest teacher.pt under --out")
     add("--fold", nargs="+", choices=[*"12345", "all"],
@@ -1119,7 +1117,7 @@ def parse(argv=None):
     add("--folds", choices=("subjects", "clips"), help="tables and figures: of the teachers")
     add("--fresh", action="store_true", help="tables and figures: train the students again")
     # what only a table changes
-    parser.set_defaults(transport=True, hallucinate="tnet", classes=None)
+    parser.set_defaults(transport=True, hallucinate="tnet", classes=None, role="student")
     return parser.parse_args(argv)
 
 
@@ -1129,14 +1127,15 @@ def main():
     if args.k > args.batch_size:
         raise UserError(f"--k {args.k}: the similarity matrix has only --batch-size "
                         f"{args.batch_size} rows; lower --k or raise --batch-size")
+    if len(args.lambdas) > 1 and not (args.table or args.figure in FIGURES):
+        raise UserError("several values of --lambda are for --table, and --figure but 5; give one")
+    args.lam = args.lambdas[0]  # a table has its own
     if args.chunk and not args.finetune:
         raise UserError("--chunk is for --finetune; without it no clip passes the backbone")
     if args.evaluate:
-        evaluate(args.evaluate, one_voice(args))
+        evaluate(one_voice(args))
     elif args.predict:
-        if not args.student:
-            raise UserError("--predict needs --student STUDENT.pt")
-        code = predict(args.predict, args.student, one_voice(args))
+        code = predict(one_voice(args))
     elif args.table or args.figure:
         tabulate(args)
     else:
@@ -1149,28 +1148,21 @@ def tabulate(args):
     if args.method != "pkdot" or args.teacher:
         raise UserError("--table and --figure choose methods and teachers: "
                         "leave --method and --teacher out")
-    if args.dataset == "features" and not args.root:
-        raise UserError("--dataset features needs --root FILE.npz")
-    args.fold, args.folds = args.fold or ["all"], args.folds or "subjects"
+    args.fold = args.fold or ["all"]
     args.resume = True  # what is trained already stays
-    if args.table:
-        print_table(args.table, args)
-    elif args.figure == "5":
+    if args.figure == "5":
         figure_5(args)
     else:
-        draw_figure(args.figure, args)
+        print_table(args)
 
 
 def distil_folds(args):
     """The students that a command without --table asks for; of several folds each rank has some."""
-    if args.labelled or args.folds:
-        raise UserError("--labelled and --folds are a teacher's: give them to train_teacher.py, "
-                        "and the student follows its teacher")
-    if args.seeds > 1 or args.fresh or args.student:
-        raise UserError("--seeds and --fresh are for --table and --figure, --student is for "
+    if args.labelled or args.folds or args.seeds > 1 or args.fresh or args.student:
+        raise UserError("--labelled and --folds are a teacher's: give them to train_teacher.py; "
+                        "--seeds and --fresh are for --table and --figure, --student is for "
                         "--predict; leave them out")
-    args = one_lambda(args)
-    paths = siblings(args.teacher or newest_teacher(args), args.fold)
+    paths = chosen_teachers(args)
     if args.finetune and len(paths) == 1:  # one that all ranks train together
         args = one_voice(args)
     else:
@@ -1190,23 +1182,6 @@ def distil_folds(args):
               f"visual only (lower bound) {show(found['visual'])} | "
               f"student, {args.method} {show(record)} | "
               f"multimodal (upper bound) {show(found['multimodal'])}")
-
-
-def one_lambda(args):
-    """The flags of a student that has a single lambda."""
-    if len(args.lambdas) > 1:
-        raise UserError("several values of --lambda are for --table, and --figure but 5; "
-                        "give one")
-    return with_flags(args, lam=args.lambdas[0])
-
-
-def siblings(path, folds):
-    """The teachers beside the one at path that --fold names."""
-    if not folds:
-        return [path]
-    if "all" in folds:
-        return sorted(path.parent.parent.glob("fold*/teacher.pt"))
-    return [path.parent.parent / f"fold{fold}" / "teacher.pt" for fold in folds]
 
 
 if __name__ == "__main__":

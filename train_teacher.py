@@ -255,8 +255,7 @@ def start_log(run, settings):
 
 
 def fingerprint(arrays):
-    """12 hex digits that identify a dict of numpy arrays or tensors on the CPU, a `snapshot` for
-    one."""
+    """12 hex digits that identify a dict of arrays, of tensors on the CPU (`snapshot`) or of bytes."""
     digest = hashlib.sha256()
     for key, value in arrays.items():
         digest.update(key.encode() + np.asarray(value).tobytes())
@@ -308,9 +307,11 @@ def dealt(jobs, args):
 
 def deal_out(jobs, what, args):
     """This rank's share of whole trainings; one that has none says so."""
+    wait_for_all()  # until all have looked what is missing
     if jobs and args.rank >= len(jobs):
         print(f"rank {args.rank} only waits: {args.world} processes, {what} to train: {len(jobs)}")
-    return dealt(jobs, args)
+    yield from dealt(jobs, args)
+    wait_for_all()
 
 
 def score(source, windows, output):
