@@ -43,7 +43,7 @@ from PIL import Image, ImageOps
 from scipy.io import wavfile
 from scipy.signal import resample_poly, spectrogram
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor, resize
 from tqdm import tqdm
 
@@ -54,8 +54,10 @@ BIOVID = ("BioVid is licence-gated, on request from https://www.nit.ovgu.de/BioV
           "--synthetic runs without it")
 AFFWILD2 = ("Affwild2 is licence-gated, on request from "
             "https://ibug.doc.ic.ac.uk/resources/aff-wild2/; --synthetic runs without it")
-FEATURES = ("expected a features file (.npz): float32 visual (N, L, Dv), privileged (N, L, Dp), and "
-            "label; one in a run's folder may be deleted, it is made again")
+FEATURES = ("expected a features file (.npz): float32 visual (N, L, Dv) and privileged (N, L, Dp); "
+            "label int (N,), -1 for none, or float (N, 2) or (N, L, 2), -5 for none; group, name, "
+            "split and video text, .astype(str), or whole numbers (N,); one in a run's folder may "
+            "be deleted, it is made again")
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,17 +106,9 @@ class Scored(NamedTuple):
     row: Tensor  # (T,) the source's row that the line belongs to
 
 
-class Samples(Dataset):
-    """The clips (L, ...) of one modality in each window of index (S, L), read from disk."""
-
-    def __init__(self, source, modality, index):
-        self.read, self.index = getattr(source, modality), index
-
-    def __len__(self):
-        return len(self.index)
-
-    def __getitem__(self, sample):
-        return torch.stack([self.read(int(row)) for row in self.index[sample]])
+def read_windows(read, windows):
+    """The clips (B, L, ...) of windows of rows; read is a source's `visual` or `privileged`."""
+    return torch.stack([torch.stack([read(row) for row in rows]) for rows in windows])
 
 
 def windows(video, length, dense=False):
@@ -172,16 +166,13 @@ def few_labels(source, train, number, fold):
     samples = samples.take(train[samples.index[:, 0]] & samples.labelled.numpy())
     order = np.random.default_rng(fold).permutation(len(samples.label))
     level = samples.label[order].numpy() if samples.label.ndim == 1 else 0 * order
-    classes = np.unique(level)
-    if not len(classes) <= number <= len(order):
+    same = level[:, None] == np.unique(level)  # (samples, classes)
+    if not same.shape[1] <= number <= len(order):
         raise UserError(f"{source.path}: cannot keep {number} training labels; this fold takes "
-                        f"from {len(classes)} (one a class) to {len(order)} (all there are)")
+                        f"from {same.shape[1]} (one a class) to {len(order)} (all there are)")
 
-    place = np.empty(len(order))  # where in the order, from 0 to 1; the first of each class at 0
-    for one in classes:
-        mine = np.flatnonzero(level == one)
-        place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
-        place[mine[0]] = 0
+    rank = same.cumsum(0)[same]  # of each sample in its class, from 1
+    place = np.where(rank == 1, 0, (rank - 0.5) / (same @ same.sum(0)))  # from 0 to 1 in the order
     kept = samples.take(order[place.argsort(kind="stable")[:number]])
 
     hidden, label = train.copy(), source.label.clone()
@@ -294,10 +285,11 @@ def noting(faults):
 
 
 class Source:
-    """What the data sets of images share; `folders[video[row]]` holds all images of a row's video.
+    """What the data sets of images share: where the clips of each row lie on disk.
 
-    `faults` lists what is wrong with the folders, `strays` what lies there unused; reading a file
-    that is wrong raises UserError.
+    `images[row]` are a folder and names in it, `signals[row]` what the privileged signal is read
+    from. `faults` lists what is wrong with the folders, `strays` what lies there unused; reading a
+    file that is wrong raises UserError.
     """
     split = None
 
@@ -305,28 +297,23 @@ class Source:
         self.path, self.length, self.image_size = Path(root), length, image_size
         self.faults, self.strays = [], []
 
-    def frames(self, row):
-        """The folder and the names of a row's images."""
-        return self.images[row]
-
     def visual(self, row):
-        return read_frames(*self.frames(row), self.image_size)
+        return read_frames(*self.images[row], self.image_size)
+
+    def image_folders(self):
+        return dict.fromkeys(folder for folder, _ in self.images)
 
     def check(self):
         """What is wrong inside the files, and the strays; see also `faults`."""
         faults = list(self.strays)
         for row in tqdm(range(len(self.name)), disable=None):
             with noting(faults):
-                self.frames(row)
-            with noting(faults):
                 self.privileged(row)
 
-        for video in tqdm(dict.fromkeys(self.video), disable=None):
-            folder = self.folders[video]
-            with noting(faults):
-                for name in image_files(folder, self.PREFIX)[1]:
-                    with noting(faults):
-                        read_frames(folder, [name], 8)
+        for folder in tqdm(self.image_folders(), disable=None):
+            for name in image_files(folder, self.PREFIX)[1]:
+                with noting(faults):
+                    read_frames(folder, [name], 8)
         return faults
 
 
@@ -347,77 +334,75 @@ class BioVid(Source):
     LEVELS = ("BL1", "PA1", "PA2", "PA3", "PA4")
     COLUMN = {"biovid_a": "gsr", "biovid_b": "emg_corrugator"}
 
-    def __init__(self, root, dataset, classes=2, length=1, image_size=112, privileged=True,
-                 face_start=None):
+    def __init__(self, root, dataset, classes, length, image_size, privileged, face_start):
         super().__init__(root, length, image_size)
-        self.column, self.face_start = self.COLUMN[dataset], face_start
-        levels = self.levels(classes)
-        self.outputs, self.samples = len(levels), []  # (folder of images, csv, class)
+        levels, column = self.levels(classes), self.COLUMN[dataset]
+        self.outputs = len(levels)
         faces = find_folder(self.path, "faces",
                             inside=f"<subject>/<sample>/img_00001.jpg; {BIOVID}")
+        folders = sorted(p for p in faces.glob("[!._]*/[!._]*") if p.is_dir())
         if privileged:
             signals = find_folder(self.path, "biosignals_filtered", "biosignals_raw",
                                   inside=f"<subject>/<sample>_bio.csv; {BIOVID}")
             self.strays = [f"{csv}: no face crops in {crops}; not used"
                            for csv in sorted(signals.glob("[!._]*/[!.]*_bio.csv"))
                            if not (crops := faces / csv.parent.name / csv.name[:-8]).is_dir()]
+        with noting(self.faults):
+            expect_whole_videos(folders, faces, face_start)
 
-        for folder in sorted(p for p in faces.glob("[!._]*/[!._]*") if p.is_dir()):
+        rows = []
+        for folder in folders:
             subject, sample = folder.parts[-2:]
             match = re.fullmatch(SAMPLE, sample)
             csv = signals / subject / f"{sample}_bio.csv" if privileged else None
-            if not match or sample[:11] != subject:
-                self.faults.append(f"{folder}: expected a name like 071309_w_21/071309_w_21-BL1-081"
-                                   "; rename or remove it")
-            elif csv and not csv.is_file():
-                self.faults.append(f"{csv}: missing, but its face crops are there; extract it "
-                                   f"again or remove {folder}")
-            elif match[1] in levels:
-                self.samples.append((folder, csv, levels.index(match[1])))
-        if not self.samples and not self.faults:
-            raise UserError(f"{faces}: no sample of {', '.join(levels)} in it; expected "
-                            f"<subject>/<sample>/; {BIOVID}")
-        self.folders = [folder for folder, _, _ in self.samples]
-        if face_start is None:
             with noting(self.faults):
-                expect_whole_videos(self.folders, faces)
+                if not match or sample[:11] != subject:
+                    raise UserError(f"{folder}: expected a name like 071309_w_21/071309_w_21-BL1-"
+                                    "081; rename or remove it")
+                if csv and not csv.is_file():
+                    raise UserError(f"{csv}: missing, but its face crops are there; extract it "
+                                    f"again or remove {folder}")
+                if match[1] in levels:
+                    rows += [(len(rows) // length, f"{sample}/{clip}", subject,
+                              levels.index(match[1]), images,
+                              (csv, column, *clip_span(clip, length)))
+                             for clip, images in pain_clips(folder, length, face_start)]
+        if not rows:
+            self.faults.append(f"{faces}: no sample of {', '.join(levels)} in it that can be used; "
+                               f"expected <subject>/<sample>/; {BIOVID}")
+            return
 
-        self.video = np.repeat(np.arange(len(self.samples)), length)
-        self.name = np.array([f"{f.name}/{clip}" for f in self.folders for clip in range(length)])
-        self.group = np.repeat([folder.parent.name for folder in self.folders], length)
-        self.label = torch.tensor([level for _, _, level in self.samples]).repeat_interleave(length)
+        *columns, label, self.images, self.signals = zip(*rows, strict=True)
+        self.video, self.name, self.group = map(np.array, columns)
+        self.label = torch.tensor(label)
 
     @classmethod
     def levels(cls, classes):
         return cls.LEVELS if classes == 5 else ("BL1", "PA4")
 
-    def frames(self, row):
-        folder = self.folders[self.video[row]]
-        return folder, pain_frames(folder, *clip_span(row, self.length), self.face_start)
-
     def privileged(self, row):
-        csv = self.samples[self.video[row]][1]
-        values = read_biosignal(csv, self.column, *clip_span(row, self.length))
-        return pain_spectrogram(values)
+        return pain_spectrogram(read_biosignal(*self.signals[row]))
 
     def describe(self):
-        frames = sum(len(image_files(folder, self.PREFIX)[0]) for folder in self.folders)
+        folders = self.image_folders()
+        frames = sum(len(image_files(folder, self.PREFIX)[0]) for folder in folders)
         classes = ", ".join(f"{name} {int((self.label == i).sum())}"
                             for i, name in enumerate(self.levels(self.outputs)))
-        return (f"{len(set(self.group))} subjects, {len(self.samples)} samples, {frames} frames, "
+        return (f"{len(set(self.group))} subjects, {len(folders)} samples, {frames} frames, "
                 f"classes {classes}")
 
 
-def clip_span(row, length):
-    """Where a row's clip begins and ends in a BioVid sample of `length` clips, in seconds."""
-    clip, seconds = row % length, (END - BEGIN) / length
+def clip_span(clip, length):
+    """Where one of the `length` clips of a BioVid sample begins and ends, in seconds."""
+    seconds = (END - BEGIN) / length
     return BEGIN + clip * seconds, BEGIN + (clip + 1) * seconds
 
 
-def expect_whole_videos(folders, where):
-    """Raises UserError if no folder has images beyond 3.2 s: those are cut, and begin later."""
+def expect_whole_videos(folders, where, face_start):
+    """Raises UserError if no folder has images beyond 3.2 s: those are cut, and begin later. With
+    face_start it is known where they begin."""
     last = 0
-    for folder in folders:
+    for folder in folders if face_start is None else ():
         last = image_files(folder, "img_")[0].max(initial=last)
         if last > 80:
             return
@@ -426,8 +411,8 @@ def expect_whole_videos(folders, where):
                         "say with --face-start when image 1 was taken (2 if cut to 2-5 s)")
 
 
-def pain_frames(folder, begin, end, face_start=None):
-    """Names of PAIN_IMAGES equally spaced ones of the images from begin to end seconds.
+def pain_clips(folder, length, face_start=None):
+    """Number, and folder and names of PAIN_IMAGES equally spaced images, of each clip of a sample.
 
     Image 1 lies at face_start, 0 s by default. A clip without an image takes the one of the
     sample's window that is nearest to its middle.
@@ -439,10 +424,15 @@ def pain_frames(folder, begin, end, face_start=None):
     if not len(names):
         raise UserError(f"{folder}: no face img_<5 digits>.jpg between {BEGIN:g} and {END:g} s; "
                         "extract its crops again or remove the folder")
-    clip = np.flatnonzero((seconds >= begin) & (seconds < end))
-    if not len(clip):
-        clip = np.abs(seconds - (begin + end) / 2).argmin(keepdims=True)
-    return names[clip[np.linspace(0, len(clip) - 1, PAIN_IMAGES).round().astype(int)]]
+    clips = []
+    for clip in range(length):
+        begin, end = clip_span(clip, length)
+        inside = np.flatnonzero((seconds >= begin) & (seconds < end))
+        if not len(inside):
+            inside = np.abs(seconds - (begin + end) / 2).argmin(keepdims=True)
+        spaced = np.linspace(0, len(inside) - 1, PAIN_IMAGES).round().astype(int)
+        clips.append((clip, (folder, names[inside[spaced]])))
+    return clips
 
 
 def read_biosignal(path, column, begin, end):
@@ -484,36 +474,37 @@ class Affwild2(Source):
     task, outputs, PREFIX = "regression", 2, ""
     SPLIT = {"Train_Set": "train", "Validation_Set": "test"}
 
-    def __init__(self, root, length=8, image_size=112, privileged=True):
+    def __init__(self, root, length, image_size, privileged):
         super().__init__(root, length, image_size)
-        self.fps, self.folders, annotations = {}, self._find_crops(), self._find_annotations()
-        files = self._find_files(annotations)
+        crops, annotations = self._find_crops(), self._find_annotations()
+        files, fps = self._find_files(annotations), {}
         self.strays = [f"{folder}: crops without an annotation file in {annotations}; not used"
-                       for video, folder in self.folders.items() if video not in files]
-        for video in files:  # crops that are missing are named where they are looked for
-            self.folders.setdefault(video, self.path / "cropped_aligned" / video)
+                       for video, folder in crops.items() if video not in files]
         with noting(self.faults):
-            self._read_fps()
+            fps = read_fps(self.path / "fps.txt", {*crops, *files})
 
         rows, frames = [], []
         for video, path in files.items():
+            sound = sound_name(video)
+            wav, rate = self.path / "audio" / f"{sound}.wav", fps.get(sound, 30)
             with noting(self.faults):
                 label = read_annotation(path)
-                clips = affect_clips(self.folders[video], len(label))
+                # crops that are missing are named where they are looked for
+                folder = crops.get(video, self.path / "cropped_aligned" / video)
+                clips = affect_clips(folder, len(label))
                 if privileged:
-                    self._check_sound(video, len(label))
+                    expect_sound(wav, len(label) / rate, video)
                 nearest = nearest_clip([end for end, _ in clips], len(label))
                 frames.append((label, len(rows) + nearest))
-                rows += [(video, f"{video}/{end:05d}", sound_name(video),
-                          self.SPLIT[path.parent.name], end, label[end - 1], images)
-                         for end, images in clips]
+                rows += [(video, f"{video}/{end:05d}", sound, self.SPLIT[path.parent.name],
+                          label[end - 1], images, (wav, end / rate)) for end, images in clips]
         if not rows:
             self.faults.append(f"{annotations}: nothing that can be used in Train_Set and "
                                f"Validation_Set; {AFFWILD2}")
             return
 
-        *columns, label, self.images = zip(*rows, strict=True)
-        self.video, self.name, self.group, self.split, self.end = map(np.array, columns)
+        *columns, label, self.images, self.signals = zip(*rows, strict=True)
+        self.video, self.name, self.group, self.split = map(np.array, columns)
         self.label = torch.from_numpy(np.stack(label))
         label, row = (torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
         known = label.isfinite().all(1)
@@ -552,34 +543,8 @@ class Affwild2(Source):
                             f"{' and '.join(sets) or 'none'}; keep one there. {AFFWILD2}")
         return Path(sets[0])
 
-    def _read_fps(self):
-        """Frame rates from fps.txt; a video's ending may be there, a rate be 30000/1001."""
-        path, known = self.path / "fps.txt", {sound_name(video) for video in self.folders}
-        text = path.read_text("utf-8-sig", errors="replace") if path.exists() else ""
-        for line in filter(str.strip, text.splitlines()):
-            match = re.fullmatch(r"(.+?)(?:_left|_right)?(?:\.(?:mp4|avi|mov|mkv|webm))?"
-                                 r"\s+([1-9]\d*(?:\.\d+)?)(?:/([1-9]\d*))?\s*", line, re.IGNORECASE)
-            rate = match and float(match[2]) / int(match[3] or 1)
-            if not match or match[1] not in known or self.fps.setdefault(match[1], rate) != rate:
-                raise UserError(f"{path}: expected lines '<video> <frames per second>', one for "
-                                f"a video that is there, not {line[:60]!r}")
-
-    def _check_sound(self, video, frames):
-        rate, sound = read_wav(self.wav(video))
-        seconds, needed = len(sound) / rate, frames / self.rate(video)
-        if seconds < needed - 1:  # within a second: roundings of the rate; silence fills it
-            raise UserError(f"{self.wav(video)}: {seconds:.1f} s of sound for {needed:.1f} s of "
-                            f"{video}; extract it again or give the frame rate in fps.txt")
-
-    def wav(self, video):
-        return self.path / "audio" / f"{sound_name(video)}.wav"
-
-    def rate(self, video):
-        return self.fps.get(sound_name(video), 30)
-
     def privileged(self, row):
-        video = self.video[row]
-        return log_mel(read_sound(self.wav(video), self.end[row] / self.rate(video)))
+        return log_mel(read_sound(*self.signals[row]))
 
     def describe(self):
         return ", ".join(f"{part}: {len(set(self.video[self.split == part]))} videos, "
@@ -623,6 +588,21 @@ def sound_name(video):
     return re.sub("_(left|right)$", "", video)
 
 
+def read_fps(path, videos):
+    """{name of the sound: frame rate} from fps.txt; a video's ending may be there, a rate be
+    30000/1001."""
+    fps, known = {}, {sound_name(video) for video in videos}
+    text = path.read_text("utf-8-sig", errors="replace") if path.exists() else ""
+    for line in filter(str.strip, text.splitlines()):
+        match = re.fullmatch(r"(.+?)(?:_left|_right)?(?:\.(?:mp4|avi|mov|mkv|webm))?"
+                             r"\s+([1-9]\d*(?:\.\d+)?)(?:/([1-9]\d*))?\s*", line, re.IGNORECASE)
+        rate = match and float(match[2]) / int(match[3] or 1)
+        if not match or match[1] not in known or fps.setdefault(match[1], rate) != rate:
+            raise UserError(f"{path}: expected lines '<video> <frames per second>', one for a "
+                            f"video that is there, not {line[:60]!r}")
+    return fps
+
+
 def read_annotation(path):
     """Affwild2's file -> float32 (T, 2); a row with -5 in either place has no label: NaN."""
     label = read_table(path, ",", ["valence", "arousal"])
@@ -648,6 +628,15 @@ def read_wav(path):
     return rate, sound
 
 
+def expect_sound(path, needed, video):
+    """Raises UserError unless a wav is as long as its video, of `needed` seconds."""
+    rate, sound = read_wav(path)
+    seconds = len(sound) / rate
+    if seconds < needed - 1:  # within a second: roundings of the rate; silence fills it
+        raise UserError(f"{path}: {seconds:.1f} s of sound for {needed:.1f} s of {video}; extract "
+                        "it again or give the frame rate in fps.txt")
+
+
 SOUND_RATE, SOUND_SAMPLES = 44100, 47040  # 1.067 s: a clip's 32 frames at 30 fps
 
 
@@ -662,8 +651,7 @@ def read_sound(path, end):
         raise UserError(f"{path}: holds NaN or values beyond 1e9 before {end:.2f} s; make it again "
                         f"with ffmpeg -ac 1 -ar {SOUND_RATE}")
     piece = piece.mean(1) if piece.ndim == 2 else piece
-    before = max(count - stop, 0)
-    piece = np.pad(piece, (before, count - before - len(piece)))
+    piece = np.pad(piece, (max(count - stop, 0), count))[:count]
     return resample_poly(piece, SOUND_RATE, rate)[-SOUND_SAMPLES:].astype(np.float32)
 
 
@@ -696,16 +684,15 @@ class Faces(Source):
     def __init__(self, folder, dataset, length, image_size, face_start=None):
         super().__init__(folder, length, image_size)
         folders = list(image_folders(self.path))
-        if dataset != "affwild2" and face_start is None:
-            expect_whole_videos(folders, folder)
+        if dataset != "affwild2":
+            expect_whole_videos(folders, folder, face_start)
 
         rows = []
         for one in folders:
             video = str(one.relative_to(self.path)) if one != self.path else one.resolve().name
             with noting(self.faults):
-                clips = affect_clips(one) if dataset == "affwild2" else [
-                    (clip, (one, pain_frames(one, *clip_span(clip, length), face_start)))
-                    for clip in range(length)]
+                clips = (affect_clips(one) if dataset == "affwild2"
+                         else pain_clips(one, length, face_start))
                 rows += [(video, f"{video}/{number:05d}", images) for number, images in clips]
         if not rows:
             raise UserError((self.faults or [f"{folder}: no images there; expected face crops (jpg "
@@ -749,34 +736,29 @@ class Features:
                             f"{', '.join(sorted(self.KEYS))}, or leave it out")
         count, clips = (*arrays["visual"].shape, 0, 0)[:2]
         for key in ("visual", "privileged") if privileged else ("visual",):
-            array = arrays[key]
-            if not fits(array, "f", (count, clips, *array.shape[-1:])):
-                raise UserError(f"{path}: {key} is {array.dtype} {array.shape}, or holds NaN or "
-                                f"infinity; {FEATURES}")
+            array = self._expect(arrays, key, "f", (count, clips, *arrays[key].shape[-1:]))
             self.rows[key] = torch.from_numpy(array.astype(np.float32)).flatten(0, 1)
 
         self.length = length or clips
         self.backbones = str(arrays.get("backbones", ""))  # whose features they are, from stage 2
         self._read_names(arrays, count, clips)
         if labelled:
-            self._read_label(arrays["label"], count, clips)
-        if self.backbones and "frame_row" in arrays:
-            row, label = arrays["frame_row"], arrays.get("frame_label", np.zeros(0))
-            if not (fits(row, "i", (row.size,)) and fits(label, "f", (row.size, 2))
-                    and np.isin(row, np.arange(count * clips)).all()):
-                raise UserError(f"{path}: frame_row and frame_label are damaged; delete the file")
-            self.frame_row = torch.from_numpy(row.astype(np.int64))
-            self.frame_label = torch.from_numpy(label.astype(np.float32))
+            self._read_label(arrays, count, clips)
+
+    def _expect(self, arrays, key, kinds, *shapes):
+        """An array of these kinds and one of these shapes, not empty, and finite as float32."""
+        array = arrays[key]
+        if not (array.dtype.kind in kinds and array.shape in shapes and array.size > 0
+                and ("U" in kinds or float(np.abs(array).max()) < 3e38)):
+            raise UserError(f"{self.path}: {key} is {array.dtype} {array.shape}, or holds NaN or "
+                            f"infinity; {FEATURES}")
+        return array
 
     def _read_names(self, arrays, count, clips):
         """Sets group, name, video and split, (N * L,) each."""
         arrays = dict.fromkeys(("group", "name", "video"), np.arange(count)) | arrays
         for key in sorted({"group", "name", "split", "video"} & arrays.keys()):
-            array = arrays[key]
-            if not fits(array, "Uiu", (count,)):
-                raise UserError(f"{self.path}: {key} is {array.dtype} {array.shape}, expected text "
-                                f"or whole numbers ({count},): write it with .astype(str)")
-            setattr(self, key, array.repeat(clips))
+            setattr(self, key, self._expect(arrays, key, "Uiu", (count,)).repeat(clips))
         self.name = self.name.astype(str)
         if len(np.unique(self.name)) < count:  # an evaluation finds its samples by name
             raise UserError(f"{self.path}: name holds the same one twice; number them")
@@ -793,8 +775,10 @@ class Features:
         if len(both) and not self.backbones:  # stage 2's is the split that the data set came with
             raise UserError(f"{self.path}: group {both[0]} is in both splits; give it to one")
 
-    def _read_label(self, label, count, clips):
-        """Sets task, outputs and a label for each row, (N * L,) or (N * L, 2)."""
+    def _read_label(self, arrays, count, clips):
+        """Sets task, outputs and a label for each row, (N * L,) or (N * L, 2); of regression the
+        labels of frames, too."""
+        label = arrays["label"]
         if label.dtype.kind in "iu" and label.shape == (count,):
             classes = np.unique(label[label != -1])
             if len(classes) < 2 or (classes != np.arange(len(classes))).any():
@@ -804,10 +788,7 @@ class Features:
             self.label = torch.from_numpy(label.astype(np.int64).repeat(clips))
             return
 
-        if not fits(label, "f", (count, 2), (count, clips, 2)):
-            raise UserError(f"{self.path}: label is {label.dtype} {label.shape} or holds NaN; "
-                            f"expected int ({count},), -1 for none, or float ({count}, 2) or "
-                            f"({count}, {clips}, 2), -5 for none")
+        label = self._expect(arrays, "label", "f", (count, 2), (count, clips, 2))
         if label.any() and np.isin(label, (0, 1)).all():
             raise UserError(f"{self.path}: label holds 0 and 1 alone, no valence and arousal; "
                             "write classes as label.argmax(1)")
@@ -817,6 +798,9 @@ class Features:
         self.label = label.where((label != INVALID).all(1, True), NO_LABEL)
         self.frame_row = self.label.isfinite().all(1).nonzero()[:, 0]
         self.frame_label = self.label[self.frame_row]
+        if self.backbones and "frame_row" in arrays:  # stage 2's, checked when they were read
+            self.frame_row = torch.from_numpy(arrays["frame_row"])
+            self.frame_label = torch.from_numpy(arrays["frame_label"])
 
     def visual(self, row):
         return self.rows["visual"][row]
@@ -832,12 +816,6 @@ class Features:
         widths = ", ".join(f"{key} width {rows.shape[1]}" for key, rows in self.rows.items())
         return (f"{len(self.label) // self.length} samples of {self.length} clips, {what}, "
                 f"{len(set(self.group))} groups, {widths}")
-
-
-def fits(array, kinds, *shapes):
-    """Whether an array is of one of these kinds and shapes, not empty, and finite as float32."""
-    return (array.dtype.kind in kinds and array.shape in shapes and array.size > 0
-            and ("U" in kinds or float(np.abs(array).max()) < 3e38))
 
 
 def read_arrays(path, needed):
@@ -993,8 +971,8 @@ def write_biovid(dataset, root, rng):
             table = np.column_stack([t * 1e6, 5 + 0.5 * gain + 2.0 * felt + 0.01 * noise[:, 0],
                                      np.exp(-(((t * 1.2) % 1 - 0.5) / 0.02) ** 2), 3 * noise[:, 1],
                                      tension * noise[:, 2], tension * noise[:, 3]])
-            np.savetxt(signals / f"{sample}_bio.csv", table, fmt=["%d"] + ["%.4f"] * 5,
-                       delimiter="\t", header=header, comments="")
+            np.savetxt(signals / f"{sample}_bio.csv", table, ["%d"] + ["%.4f"] * 5, "\t",
+                       header=header, comments="")
 
 
 def _wander(rng, frames):
@@ -1033,7 +1011,7 @@ def write_affwild2(dataset, root, rng):
         table[lost:lost + 40, n % 2] = -5  # a stretch that nobody could label
         rows = np.arange(frames + n % 3 - 1)  # one more or less than there are frames
         table = table[rows.clip(max=frames - 1)]
-        np.savetxt(labels / part / f"{video}.txt", table, fmt="%.3f", delimiter=",",
+        np.savetxt(labels / part / f"{video}.txt", table, "%.3f", ",",
                    header="valence,arousal", comments="")
 
         if not video.endswith("_right"):  # the pair's sound is the left one's
@@ -1177,24 +1155,23 @@ def crop_videos(videos, root, detector, workers):
     if strays and (any(root.glob("biosignals_*")) or strays != paths):
         raise UserError(f"{strays[0]}: expected a name like 071309_w_21-BL1-081; move or rename it")
 
-    jobs = []
+    targets = {}  # {folder of crops: its video}
     for path in paths:
         folder = path.relative_to(videos).parent if strays else path.stem[:11]
-        jobs.append((path, root / "faces" / folder / path.stem, detector))
-    targets = [target for _, target, _ in jobs]
-    if len(set(targets)) < len(targets):
-        raise UserError(f"{max(targets, key=targets.count)}: two videos of this name; remove one")
-    todo = [job for job in jobs if not job[1].is_dir()]
-    workers = max(0, min(workers, len(todo)))
-    loader = DataLoader(todo, None, num_workers=workers, collate_fn=crop_video)
+        target = root / "faces" / folder / path.stem
+        if targets.setdefault(target, path) != path:
+            raise UserError(f"{target}: two videos of this name; remove one")
+    todo = [(path, target, detector) for target, path in targets.items() if not target.is_dir()]
+    loader = DataLoader(todo, None, num_workers=max(0, min(workers, len(todo))),
+                        collate_fn=crop_video)
     results = tqdm(loader, unit="video", disable=None)
 
     frames, missing, faults = zip((0, 0, ""), *results, strict=True)
     faults = [fault for fault in faults if fault]
-    done = [job[1] for job in jobs if job[1].is_dir()]
-    fewest = sorted(f"{len(os.listdir(folder)):6} {folder.name}" for folder in done)[:10]
+    fewest = sorted(f"{len(os.listdir(folder)):6} {folder.name}"
+                    for folder in targets if folder.is_dir())[:10]
     print("fewest faces:", *fewest, *faults, sep="\n")
-    print(f"{len(jobs)} videos, {len(jobs) - len(todo)} there already, {len(faults)} failed; "
+    print(f"{len(targets)} videos, {len(targets) - len(todo)} there already, {len(faults)} failed; "
           f"{sum(frames)} frames, {sum(missing)} without a face")
     sys.exit(bool(faults))
 
