@@ -34,6 +34,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -189,16 +190,16 @@ def parts(source, fold, folds="subjects"):
     Folds do not depend on any seed flag. folds="clips" divides samples instead, as the authors'
     release: then one person is in train and test.
     """
-    group = source.group
+    group, split = source.group, source.split
     if folds == "clips":
-        if source.split is not None:
+        if split is not None:
             raise UserError(f"{source.path}: has a split of its own, so that there are no folds "
                             "over clips; leave --folds out")
         group = windows(source.video, source.length)[1].nonzero()[:, 0].numpy()  # a row's sample
     groups = np.random.default_rng(0).permutation(np.unique(group))
-    test = np.isin(group, groups[fold - 1::5]) if source.split is None else source.split == "test"
+    test = np.isin(group, groups[fold - 1::5]) if split is None else split == "test"
     rest = groups[np.isin(groups, group[~test])]
-    if source.split is None and len(groups) < 5 or len(rest) < 2 or not test.any():
+    if split is None and len(groups) < 5 or len(rest) < 2 or not test.any():
         raise UserError(f"{source.path}: 5 folds need at least 5 groups (subjects), a split two to "
                         f"train on and a test part; found {len(groups)} and {test.sum()} test rows")
     return np.where(test, "test", np.where(np.isin(group, rest[::8]), "val", "train"))
@@ -239,10 +240,9 @@ def read_frames(folder, names, size):
     frames = []
     for name in names:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(folder / name, formats=("JPEG", "PNG")) as file:
-                    image = ImageOps.exif_transpose(file)
+            with (warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+                  Image.open(folder / name, formats=("JPEG", "PNG")) as file):
+                image = ImageOps.exif_transpose(file)
             if image.mode not in ("RGB", "L", "P", "1", "CMYK") or "transparency" in image.info:
                 raise ValueError(f"{image.mode} pixels; save it with 8 bits and without alpha")
             image = image.convert("RGB")
@@ -256,8 +256,8 @@ def read_frames(folder, names, size):
 def read_table(path, delimiter, columns):
     """The named columns of a text table as numbers, (rows, columns); it may have no row."""
     try:
-        with open(path, encoding="utf-8-sig") as file, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "loadtxt: input contained no data")
+        with (warnings.catch_warnings(action="ignore", category=UserWarning),  # of an empty table
+              open(path, encoding="utf-8-sig") as file):
             header = [name.strip() for name in file.readline().split(delimiter)]
             use = None if header == columns else [header.index(name) for name in columns]
             return np.loadtxt(file, delimiter=delimiter, usecols=use, ndmin=2)
@@ -300,7 +300,7 @@ class Source:
     def visual(self, row):
         return read_frames(*self.images[row], self.image_size)
 
-    def image_folders(self):
+    def folders(self):
         return dict.fromkeys(folder for folder, _ in self.images)
 
     def check(self):
@@ -310,7 +310,7 @@ class Source:
             with noting(faults):
                 self.privileged(row)
 
-        for folder in tqdm(self.image_folders(), disable=None):
+        for folder in tqdm(self.folders(), disable=None):
             for name in image_files(folder, self.PREFIX)[1]:
                 with noting(faults):
                     read_frames(folder, [name], 8)
@@ -331,12 +331,12 @@ class BioVid(Source):
     face_start + (i - 1) / 25 seconds.
     """
     task, PREFIX = "classification", "img_"
-    LEVELS = ("BL1", "PA1", "PA2", "PA3", "PA4")
+    LEVELS = {2: ("BL1", "PA4"), 5: ("BL1", "PA1", "PA2", "PA3", "PA4")}
     COLUMN = {"biovid_a": "gsr", "biovid_b": "emg_corrugator"}
 
     def __init__(self, root, dataset, classes, length, image_size, privileged, face_start):
         super().__init__(root, length, image_size)
-        levels, column = self.levels(classes), self.COLUMN[dataset]
+        levels, column = self.LEVELS[classes], self.COLUMN[dataset]
         self.outputs = len(levels)
         faces = find_folder(self.path, "faces",
                             inside=f"<subject>/<sample>/img_00001.jpg; {BIOVID}")
@@ -365,7 +365,7 @@ class BioVid(Source):
                 if match[1] in levels:
                     rows += [(len(rows) // length, f"{sample}/{clip}", subject,
                               levels.index(match[1]), images,
-                              (csv, column, *clip_span(clip, length)))
+                              (csv, column, *clip_spans(length)[clip]))
                              for clip, images in pain_clips(folder, length, face_start)]
         if not rows:
             self.faults.append(f"{faces}: no sample of {', '.join(levels)} in it that can be used; "
@@ -376,26 +376,21 @@ class BioVid(Source):
         self.video, self.name, self.group = map(np.array, columns)
         self.label = torch.tensor(label)
 
-    @classmethod
-    def levels(cls, classes):
-        return cls.LEVELS if classes == 5 else ("BL1", "PA4")
-
     def privileged(self, row):
         return pain_spectrogram(read_biosignal(*self.signals[row]))
 
     def describe(self):
-        folders = self.image_folders()
+        folders = self.folders()
         frames = sum(len(image_files(folder, self.PREFIX)[0]) for folder in folders)
         classes = ", ".join(f"{name} {int((self.label == i).sum())}"
-                            for i, name in enumerate(self.levels(self.outputs)))
+                            for i, name in enumerate(self.LEVELS[self.outputs]))
         return (f"{len(set(self.group))} subjects, {len(folders)} samples, {frames} frames, "
                 f"classes {classes}")
 
 
-def clip_span(clip, length):
-    """Where one of the `length` clips of a BioVid sample begins and ends, in seconds."""
-    seconds = (END - BEGIN) / length
-    return BEGIN + clip * seconds, BEGIN + (clip + 1) * seconds
+def clip_spans(length):
+    """Where each of the `length` clips of a BioVid sample begins and ends, in seconds."""
+    return [*pairwise(np.linspace(BEGIN, END, length + 1).tolist())]
 
 
 def expect_whole_videos(folders, where, face_start):
@@ -425,8 +420,7 @@ def pain_clips(folder, length, face_start=None):
         raise UserError(f"{folder}: no face img_<5 digits>.jpg between {BEGIN:g} and {END:g} s; "
                         "extract its crops again or remove the folder")
     clips = []
-    for clip in range(length):
-        begin, end = clip_span(clip, length)
+    for clip, (begin, end) in enumerate(clip_spans(length)):
         inside = np.flatnonzero((seconds >= begin) & (seconds < end))
         if not len(inside):
             inside = np.abs(seconds - (begin + end) / 2).argmin(keepdims=True)
@@ -477,7 +471,8 @@ class Affwild2(Source):
     def __init__(self, root, length, image_size, privileged):
         super().__init__(root, length, image_size)
         crops, annotations = self._find_crops(), self._find_annotations()
-        files, fps = self._find_files(annotations), {}
+        files, fps = self._by_video(path for part in self.SPLIT
+                                    for path in sorted((annotations / part).glob("[!.]*.txt"))), {}
         self.strays = [f"{folder}: crops without an annotation file in {annotations}; not used"
                        for video, folder in crops.items() if video not in files]
         with noting(self.faults):
@@ -510,27 +505,23 @@ class Affwild2(Source):
         known = label.isfinite().all(1)
         self.frame_label, self.frame_row = label[known], row[known]
 
-    def _find_files(self, annotations):
-        """{video: its annotation file}"""
-        files = {}
-        for part in self.SPLIT:
-            for path in sorted((annotations / part).glob("[!.]*.txt")):
-                if path.stem in files:
-                    self.faults.append(f"{path}: is in Train_Set, too; a video belongs to one set: "
-                                       "remove one of the files")
-                files[path.stem] = path
-        return files
-
     def _find_crops(self):
         """{video: folder of its images}; there are several archives, of one level or two."""
         find_folder(self.path, "cropped_aligned", inside=f"<video>/00001.jpg; {AFFWILD2}")
-        crops = {}
-        for path in sorted(path for level in ("*", "batch*/*", "cropped_aligned*/*")
-                           for path in self.path.glob(f"cropped_aligned*/{level}")):
-            video = path.is_dir() and not re.match(r"[._]|batch\d*$|cropped_aligned", path.name)
-            if video and crops.setdefault(path.name, path) != path:
-                self.faults.append(f"{path}: the same video as {crops[path.name]}; keep one")
-        return crops
+        paths = sorted(path for level in ("*", "batch*/*", "cropped_aligned*/*")
+                       for path in self.path.glob(f"cropped_aligned*/{level}"))
+        litter = re.compile(r"[._]|batch\d*$|cropped_aligned")
+        return self._by_video(path for path in paths
+                              if path.is_dir() and not litter.match(path.name))
+
+    def _by_video(self, paths):
+        """{video: its path}; any further path of a video is a fault."""
+        found = {}
+        for path in paths:
+            first = found.setdefault(path.name.removesuffix(".txt"), path)
+            if first != path:
+                self.faults.append(f"{path}: the same video as {first}; keep one")
+        return found
 
     def _find_annotations(self):
         sets = [str(path.parent) for level in ("", "*/", "*/*/", "annotations/annotations/*/")
@@ -615,9 +606,8 @@ def read_annotation(path):
 def read_wav(path):
     """Sample rate and samples of a wav, (n,) or (n, channels), mapped rather than read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks of metadata
-            rate, sound = wavfile.read(path, mmap=True)
+        with warnings.catch_warnings(action="ignore", category=wavfile.WavFileWarning):
+            rate, sound = wavfile.read(path, mmap=True)  # it warns of chunks of metadata
         if sound.size == 0 or sound.dtype == np.uint8 or not 1000 <= rate <= 200000:
             raise ValueError(f"{sound.size} samples of {sound.dtype} at {rate} Hz")
     except Exception as error:  # a damaged header makes scipy raise any of a dozen kinds
@@ -780,10 +770,10 @@ class Features:
         labels of frames, too."""
         label = arrays["label"]
         if label.dtype.kind in "iu" and label.shape == (count,):
-            classes = np.unique(label[label != -1])
-            if len(classes) < 2 or (classes != np.arange(len(classes))).any():
-                raise UserError(f"{self.path}: the classes are {classes.tolist()[:9]}; number two "
-                                "or more from 0 on, leaving none out, and write -1 for no label")
+            classes = np.unique(label[label != -1]).tolist()
+            if classes != [*range(max(len(classes), 2))]:
+                raise UserError(f"{self.path}: the classes are {classes[:9]}; number two or more "
+                                "from 0 on, leaving none out, and write -1 for no label")
             self.task, self.outputs = "classification", len(classes)
             self.label = torch.from_numpy(label.astype(np.int64).repeat(clips))
             return
@@ -951,7 +941,7 @@ def write_biovid(dataset, root, rng):
         signals.mkdir(parents=True)
         for n in range(5 * REPEATS):
             level = n % 5
-            sample = f"{subject}-{BioVid.LEVELS[level]}-{n + 81:03d}"
+            sample = f"{subject}-{BioVid.LEVELS[5][level]}-{n + 81:03d}"
             hidden = reactive * level / 4
             t = np.arange(138) / FPS
             onset = (t / 1.5).clip(0, 1)

@@ -892,7 +892,7 @@ def test_biosignal_window_is_cut_by_time_in_every_layout(tmp_path, dataset, sign
 
 def test_clips_of_a_biovid_sample_share_its_span_and_label(tmp_path):
     source = data.open_dataset("biovid_a", biovid(tmp_path), length=4)
-    assert [data.clip_span(i, 4) for i in range(4)] == [(2, 2.75), (2.75, 3.5), (3.5, 4.25), (4.25, 5)]
+    assert data.clip_spans(4) == [(2, 2.75), (2.75, 3.5), (3.5, 4.25), (4.25, 5)]
     pieces = [data.read_biosignal(*signal) for signal in source.signals]
     np.testing.assert_array_equal(np.concatenate(pieces), np.arange(1024, 2560))
     shown = [grays(source.visual(row)) for row in range(4)]
@@ -1956,7 +1956,7 @@ def test_stand_in_of_biovid_is_read_by_the_real_loader_and_covers_the_awkward_ca
     source = data.open_dataset("biovid_b", root, classes=5, image_size=16)
     assert (root / "SYNTHETIC").is_file() and len(set(source.group)) == 5 and len(source.images) == 25
     assert {len(csv.read_text().splitlines()) - 1 for csv, *_ in source.signals} == {2816, 2817}
-    images = [sorted(p.name for p in folder.iterdir()) for folder in source.image_folders()]
+    images = [sorted(p.name for p in folder.iterdir()) for folder in source.folders()]
     assert len({len(i) for i in images}) > 1 and not list(source.faults)
     assert source.visual(0).shape == (3, 10, 16, 16) and torch.isfinite(source.privileged(0)).all()
     before = (root / "SYNTHETIC").stat().st_mtime_ns
