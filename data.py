@@ -49,7 +49,8 @@ from torchvision.transforms.functional import pil_to_tensor, resize
 from tqdm import tqdm
 
 DATASETS = ("biovid_b", "biovid_a", "affwild2", "features")
-NO_LABEL, INVALID = math.nan, -5.0  # valence/arousal without a label: here, and in files
+NO_LABEL = math.nan  # valence/arousal without a label: here,
+INVALID = -5.0  # and in files
 SAMPLE = r"\d{6}_[mw]_\d\d-(BL1|PA[1-4])-\d{3}"  # BioVid's names: subject, level, number
 BIOVID = ("BioVid is licence-gated, on request from https://www.nit.ovgu.de/BioVid.html; "
           "--synthetic runs without it")
@@ -145,7 +146,8 @@ def fold_windows(source, fold, dense=False, folds="subjects", labelled=None):
     training labels but those of N samples (tiles), the same ones whatever the seed; folds: see
     `parts`. Raises UserError where a part has no label, or N of them cannot be had.
     """
-    part, label = parts(source, fold, folds), source.label
+    part = parts(source, fold, folds)
+    label = source.label
     if labelled is not None:
         label = few_labels(source, part == "train", labelled, fold)
 
@@ -176,7 +178,8 @@ def few_labels(source, train, number, fold):
     place = np.where(rank == 1, 0, (rank - 0.5) / (same @ same.sum(0)))  # from 0 to 1 in the order
     kept = samples.take(order[place.argsort(kind="stable")[:number]])
 
-    hidden, label = train.copy(), source.label.clone()
+    hidden = train.copy()
+    label = source.label.clone()
     hidden[kept.index[kept.keep]] = False
     label[hidden] = -1 if label.ndim == 1 else NO_LABEL
     return label
@@ -190,7 +193,8 @@ def parts(source, fold, folds="subjects"):
     Folds do not depend on any seed flag. folds="clips" divides samples instead, as the authors'
     release: then one person is in train and test.
     """
-    group, split = source.group, source.split
+    group = source.group
+    split = source.split
     if folds == "clips":
         if split is not None:
             raise UserError(f"{source.path}: has a split of its own, so that there are no folds "
@@ -294,8 +298,11 @@ class Source:
     split = None
 
     def __init__(self, root, length, image_size):
-        self.path, self.length, self.image_size = Path(root), length, image_size
-        self.faults, self.strays = [], []
+        self.path = Path(root)
+        self.length = length
+        self.image_size = image_size
+        self.faults = []
+        self.strays = []
 
     def visual(self, row):
         return read_frames(*self.images[row], self.image_size)
@@ -317,8 +324,12 @@ class Source:
         return faults
 
 
-# BioVid: a sample's window in seconds, images and signal values a second, images of a clip
-BEGIN, END, FPS, SIGNAL_RATE, PAIN_IMAGES = 2.0, 5.0, 25, 512, 10
+# BioVid
+BEGIN = 2.0  # a sample's window, in seconds
+END = 5.0
+FPS = 25  # images a second
+SIGNAL_RATE = 512  # signal values a second
+PAIN_IMAGES = 10  # of a clip
 
 
 class BioVid(Source):
@@ -330,13 +341,14 @@ class BioVid(Source):
     privileged(row) -> float32 (1, 67, 127) when there is one clip. Image i lies at
     face_start + (i - 1) / 25 seconds.
     """
-    task, PREFIX = "classification", "img_"
+    task = "classification"
+    PREFIX = "img_"
     LEVELS = {2: ("BL1", "PA4"), 5: ("BL1", "PA1", "PA2", "PA3", "PA4")}
     COLUMN = {"biovid_a": "gsr", "biovid_b": "emg_corrugator"}
 
     def __init__(self, root, dataset, classes, length, image_size, privileged, face_start):
         super().__init__(root, length, image_size)
-        levels, column = self.LEVELS[classes], self.COLUMN[dataset]
+        levels = self.LEVELS[classes]
         self.outputs = len(levels)
         faces = find_folder(self.path, "faces",
                             inside=f"<subject>/<sample>/img_00001.jpg; {BIOVID}")
@@ -365,7 +377,7 @@ class BioVid(Source):
                 if match[1] in levels:
                     rows += [(len(rows) // length, f"{sample}/{clip}", subject,
                               levels.index(match[1]), images,
-                              (csv, column, *clip_spans(length)[clip]))
+                              (csv, self.COLUMN[dataset], *clip_spans(length)[clip]))
                              for clip, images in pain_clips(folder, length, face_start)]
         if not rows:
             self.faults.append(f"{faces}: no sample of {', '.join(levels)} in it that can be used; "
@@ -415,7 +427,8 @@ def pain_clips(folder, length, face_start=None):
     numbers, names = image_files(folder, "img_", first=face_start is None)
     seconds = (face_start or 0) + (numbers - 1) / FPS
     window = (seconds >= BEGIN) & (seconds < END)
-    names, seconds = names[window], seconds[window]
+    names = names[window]
+    seconds = seconds[window]
     if not len(names):
         raise UserError(f"{folder}: no face img_<5 digits>.jpg between {BEGIN:g} and {END:g} s; "
                         "extract its crops again or remove the folder")
@@ -452,7 +465,9 @@ def pain_spectrogram(values):
     return torch.from_numpy(np.log(power + 1e-10)[None]).float()
 
 
-CLIP, EVERY = 32, 4  # Affwild2: frames a clip, and which of them are shown
+# Affwild2
+CLIP = 32  # frames a clip,
+EVERY = 4  # and which of them are shown
 
 
 class Affwild2(Source):
@@ -465,23 +480,29 @@ class Affwild2(Source):
     its last frame's. frame_label (T, 2) and frame_row (T,) hold each labelled frame of the data set
     once, with the row whose prediction holds for it.
     """
-    task, outputs, PREFIX = "regression", 2, ""
+    task = "regression"
+    outputs = 2
+    PREFIX = ""
     SPLIT = {"Train_Set": "train", "Validation_Set": "test"}
 
     def __init__(self, root, length, image_size, privileged):
         super().__init__(root, length, image_size)
-        crops, annotations = self._find_crops(), self._find_annotations()
-        files, fps = self._by_video(path for part in self.SPLIT
-                                    for path in sorted((annotations / part).glob("[!.]*.txt"))), {}
+        crops = self._find_crops()
+        annotations = self._find_annotations()
+        files = self._by_video(path for part in self.SPLIT
+                               for path in sorted((annotations / part).glob("[!.]*.txt")))
         self.strays = [f"{folder}: crops without an annotation file in {annotations}; not used"
                        for video, folder in crops.items() if video not in files]
+        fps = {}
         with noting(self.faults):
             fps = read_fps(self.path / "fps.txt", {*crops, *files})
 
-        rows, frames = [], []
+        rows = []
+        frames = []
         for video, path in files.items():
             sound = sound_name(video)
-            wav, rate = self.path / "audio" / f"{sound}.wav", fps.get(sound, 30)
+            wav = self.path / "audio" / f"{sound}.wav"
+            rate = fps.get(sound, 30)
             with noting(self.faults):
                 label = read_annotation(path)
                 # crops that are missing are named where they are looked for
@@ -503,7 +524,8 @@ class Affwild2(Source):
         self.label = torch.from_numpy(np.stack(label))
         label, row = (torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
         known = label.isfinite().all(1)
-        self.frame_label, self.frame_row = label[known], row[known]
+        self.frame_label = label[known]
+        self.frame_row = row[known]
 
     def _find_crops(self):
         """{video: folder of its images}; there are several archives, of one level or two."""
@@ -552,7 +574,7 @@ def affect_clips(folder, frames=None):
     """
     numbers, names = image_files(folder, "", first=1)
     last = numbers.max(initial=0)
-    frames, annotation = (last, "") if frames is None else (frames, f" of {folder.name}.txt")
+    frames = last if frames is None else frames
     clips = []
     for end in [*range(CLIP, frames, CLIP), frames]:
         near = (numbers > end - CLIP) & (numbers <= end)
@@ -562,8 +584,8 @@ def affect_clips(folder, frames=None):
             clips.append((end, (folder, names[near][gap.argmin(1)])))
     if not clips or frames < CLIP or last > frames + 2:
         raise UserError(f"{folder}: {len(names)} images <5 digits>.jpg up to number {last} do not "
-                        f"fit {frames} frames{annotation} ({CLIP} or more); extract it again, or "
-                        "remove it and its annotation")
+                        f"fit {frames} frames ({CLIP} or more, the rows of {folder.name}.txt if "
+                        "that is there); extract it again, or remove it and its annotation")
     return clips
 
 
@@ -582,7 +604,8 @@ def sound_name(video):
 def read_fps(path, videos):
     """{name of the sound: frame rate} from fps.txt; a video's ending may be there, a rate be
     30000/1001."""
-    fps, known = {}, {sound_name(video) for video in videos}
+    fps = {}
+    known = {sound_name(video) for video in videos}
     text = path.read_text("utf-8-sig", errors="replace") if path.exists() else ""
     for line in filter(str.strip, text.splitlines()):
         match = re.fullmatch(r"(.+?)(?:_left|_right)?(?:\.(?:mp4|avi|mov|mkv|webm))?"
@@ -627,13 +650,15 @@ def expect_sound(path, needed, video):
                         "it again or give the frame rate in fps.txt")
 
 
-SOUND_RATE, SOUND_SAMPLES = 44100, 47040  # 1.067 s: a clip's 32 frames at 30 fps
+SOUND_RATE = 44100
+SOUND_SAMPLES = 47040  # 1.067 s: a clip's 32 frames at 30 fps
 
 
 def read_sound(path, end):
     """The SOUND_SAMPLES mono float32 at 44.1 kHz that end at `end` s, zeros outside the file."""
     rate, sound = read_wav(path)
-    stop, count = round(end * rate), math.ceil(SOUND_SAMPLES * rate / SOUND_RATE)
+    stop = round(end * rate)
+    count = math.ceil(SOUND_SAMPLES * rate / SOUND_RATE)
     piece = np.asarray(sound[max(stop - count, 0):stop])
     if piece.dtype.kind == "i":
         piece = piece / -float(np.iinfo(piece.dtype).min)
@@ -713,12 +738,14 @@ class Features:
     if None. Raises UserError for whatever does not fit.
     """
 
-    faults, split = (), None
+    faults = ()
+    split = None
     KEYS = {"visual", "privileged", "label", "group", "split", "name", "video", "frame_label",
             "frame_row", "backbones"}
 
     def __init__(self, path, length=None, privileged=True, labelled=True):
-        self.path, self.rows = Path(path), {}
+        self.path = Path(path)
+        self.rows = {}
         needed = {"visual": True, "privileged": privileged, "label": labelled}
         arrays = read_arrays(path, needed)
         if strays := sorted(arrays.keys() - self.KEYS):  # a group that is misspelt would be a leak
@@ -774,7 +801,8 @@ class Features:
             if classes != [*range(max(len(classes), 2))]:
                 raise UserError(f"{self.path}: the classes are {classes[:9]}; number two or more "
                                 "from 0 on, leaving none out, and write -1 for no label")
-            self.task, self.outputs = "classification", len(classes)
+            self.task = "classification"
+            self.outputs = len(classes)
             self.label = torch.from_numpy(label.astype(np.int64).repeat(clips))
             return
 
@@ -782,7 +810,8 @@ class Features:
         if label.any() and np.isin(label, (0, 1)).all():
             raise UserError(f"{self.path}: label holds 0 and 1 alone, no valence and arousal; "
                             "write classes as label.argmax(1)")
-        self.task, self.outputs = "regression", 2
+        self.task = "regression"
+        self.outputs = 2
         label = torch.from_numpy(label.astype(np.float32)).reshape(count, -1, 2)
         label = label.expand(count, clips, 2).flatten(0, 1)
         self.label = label.where((label != INVALID).all(1, True), NO_LABEL)
@@ -810,7 +839,8 @@ class Features:
 
 def read_arrays(path, needed):
     """The arrays of an .npz file but those that are not needed; nothing pickled is ever opened."""
-    arrays, key = {}, "file"
+    arrays = {}
+    key = "file"
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; {FEATURES}")
     try:
@@ -866,9 +896,9 @@ def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileg
     else:
         source = BioVid(root, dataset, classes, length or 1, image_size, privileged, face_start)
     if source.faults and strict:
-        more = len(source.faults) - 1
-        hint = f" (and {more} more: python data.py --check {dataset} --root {root})"
-        raise UserError(source.faults[0] + hint * (more > 0))
+        first, *more = source.faults
+        hint = f" (and {len(more)} more: python data.py --check {dataset} --root {root})"
+        raise UserError(first + hint * bool(more))
     return source
 
 
@@ -877,7 +907,10 @@ def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileg
 # on the scores of single modalities and of their fusion, to come out in Table I's order; no student
 # and no distillation method was looked at.
 NOISE = {"biovid_a": (0.60, 0.20), "biovid_b": (0.60, 0.45), "affwild2": (0.25, 0.60)}
-SUBJECTS, REPEATS, VIDEOS, FACE = 24, 8, 32, 56
+SUBJECTS = 24  # BioVid's,
+REPEATS = 8  # and each one's samples of a level
+VIDEOS = 32  # Affwild2's
+FACE = 56  # pixels
 
 
 def write_stand_in(dataset, root):
@@ -904,7 +937,8 @@ def draw_faces(identity, brow, eye, mouth, smile):
     """
     brow, eye, mouth, smile = np.float32([brow, eye, mouth, smile])[..., None, None]  # (T, 1, 1)
     axis = np.linspace(-1, 1, FACE, dtype=np.float32)
-    y, x = axis[:, None], np.abs(axis)  # the right half is the left one's mirror image
+    y = axis[:, None]
+    x = np.abs(axis)  # the right half is the left one's mirror image
 
     def blob(cx, cy, rx, ry):
         return (4 * (1 - ((x - cx) / rx) ** 2 - ((y - cy) / ry) ** 2)).clip(0, 1)
@@ -935,7 +969,8 @@ def write_biovid(dataset, root, rng):
     header = "time\tgsr\tecg\temg_trapezius\t emg_corrugator\temg_zygomaticus"
     for person in tqdm(range(SUBJECTS), disable=None):
         subject = f"{person + 1:02d}0109_{'mw'[person % 2]}_{20 + person}"
-        identity, gain = rng.uniform(-1, 1, 8), rng.normal(1, 0.15)
+        identity = rng.uniform(-1, 1, 8)
+        gain = rng.normal(1, 0.15)
         reactive = 0.15 if person % 6 == 5 else 1.0  # some subjects hardly react
         signals = root / "biosignals_filtered" / subject
         signals.mkdir(parents=True)
@@ -973,7 +1008,8 @@ def _wander(rng, frames):
 
 
 def write_affwild2(dataset, root, rng):
-    labels, audio = root / "annotations" / "VA_Estimation_Challenge", root / "audio"
+    labels = root / "annotations" / "VA_Estimation_Challenge"
+    audio = root / "audio"
     for folder in (labels / "Train_Set", labels / "Validation_Set", audio):
         folder.mkdir(parents=True)
     videos = [f"video{i}" for i in range(VIDEOS)]
@@ -1016,9 +1052,10 @@ def write_affwild2(dataset, root, rng):
 
 
 # Face crops from videos. A face is four numbers: x and y of its centre, the side of the square that
-# is cut, and by how many degrees the square is turned; NaN without a face. Frames shrink to FRAME:
-# fine enough for crops of CROP, coarse enough for a quick detector.
-CROP, FRAME, MARGIN = 112, 640, 1.2  # pixels; pixels of the longer side; of the detector's box
+# is cut, and by how many degrees the square is turned; NaN without a face.
+CROP = 112  # pixels
+FRAME = 640  # of the longer side: fine enough for the crops, coarse enough for a quick detector
+MARGIN = 1.2  # of the detector's box
 
 
 @cache
@@ -1093,7 +1130,9 @@ def video_frames(path):
         while shown < FPS * (time + later) / 2:
             yield frame
             shown += 1
-        frame, time, count = following, later, count + 1
+        frame = following
+        time = later
+        count += 1
 
     promised = video.get(cv2.CAP_PROP_FRAME_COUNT)  # sometimes an estimate
     if count < max(1, 0.95 * promised):
