@@ -546,15 +546,15 @@ class Affwild2(Source):
         return found
 
     def _find_annotations(self):
-        sets = [str(path.parent) for level in ("", "*/", "*/*/", "annotations/annotations/*/")
+        sets = [path.parent for level in ("", "*/", "*/*/", "annotations/annotations/*/")
                 for name in ("VA_Estimation_Challenge", "VA_Set")
                 for path in sorted(self.path.glob(f"{level}{name}/Train_Set"))
                 if "__MACOSX" not in path.parts]
         if len(sets) != 1:
             raise UserError(f"{self.path / 'annotations'}: expected one edition of ABAW's "
                             "VA_Estimation_Challenge/Train_Set/<video>.txt in it, found "
-                            f"{' and '.join(sets) or 'none'}; keep one there. {AFFWILD2}")
-        return Path(sets[0])
+                            f"{' and '.join(map(str, sets)) or 'none'}; keep one there. {AFFWILD2}")
+        return sets[0]
 
     def privileged(self, row):
         return log_mel(read_sound(*self.signals[row]))
@@ -1212,11 +1212,12 @@ def parse(argv=None):
     job.add_argument("--synthetic", choices=DATASETS[:3], help="write a stand-in to --root")
     job.add_argument("--crop", type=Path, metavar="VIDEOS",
                      help="cut the faces out of a video or a folder of videos, into --root/faces")
-    parser.add_argument("--detector", default="haar", metavar="FILE",
-                        help="for --crop: the file of YuNet, else OpenCV 4's Haar cascade")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="for --crop: processes")
-    parser.add_argument("--face-start", type=float, help="for --check: where image 1 lies, seconds")
-    parser.add_argument("--root", help="default: data/<data set>, with -synthetic for a stand-in")
+    add = parser.add_argument
+    add("--detector", default="haar", metavar="FILE",
+        help="for --crop: the file of YuNet, else OpenCV 4's Haar cascade")
+    add("--workers", type=int, default=os.cpu_count(), help="for --crop: processes")
+    add("--face-start", type=float, help="for --check: where image 1 lies, seconds")
+    add("--root", help="default: data/<data set>, with -synthetic for a stand-in")
     return parser.parse_args(argv)
 
 
