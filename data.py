@@ -44,7 +44,7 @@ from PIL import Image, ImageOps
 from scipy.io import wavfile
 from scipy.signal import resample_poly, spectrogram
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms.functional import pil_to_tensor, resize
 from tqdm import tqdm
 
@@ -110,7 +110,8 @@ class Scored(NamedTuple):
 
 def read_windows(read, windows):
     """The clips (B, L, ...) of windows of rows; read is a source's `visual` or `privileged`."""
-    return torch.stack([torch.stack([read(row) for row in rows]) for rows in windows])
+    clips = [torch.stack([read(row) for row in rows]) for rows in windows]
+    return default_collate(clips)  # in a worker it fills shared memory, or says that there is none
 
 
 def windows(video, length, dense=False):
@@ -231,7 +232,7 @@ def image_files(folder, prefix, first=0):
     """Numbers and names of a folder's images, in order; UserError for a number below first."""
     form = prefix + r"(\d{5,9})\.(?:jpe?g|png)"
     found = (re.fullmatch(form, name, re.IGNORECASE)
-             for name in (os.listdir(folder) if folder.is_dir() else ()))
+             for name in os.listdir(folder))
     names = dict(sorted((int(match[1]), match[0]) for match in found if match))
     if min(names, default=first) < first:
         raise UserError(f"{folder}: its images are numbered from 0, expected from 1; rename "
@@ -359,8 +360,7 @@ class BioVid(Source):
             self.strays = [f"{csv}: no face crops in {crops}; not used"
                            for csv in sorted(signals.glob("[!._]*/[!.]*_bio.csv"))
                            if not (crops := faces / csv.parent.name / csv.name[:-8]).is_dir()]
-        with noting(self.faults):
-            expect_whole_videos(folders, faces, face_start)
+        expect_whole_videos(folders, faces, face_start)
 
         rows = []
         for folder in folders:
@@ -493,9 +493,7 @@ class Affwild2(Source):
                                for path in sorted((annotations / part).glob("[!.]*.txt")))
         self.strays = [f"{folder}: crops without an annotation file in {annotations}; not used"
                        for video, folder in crops.items() if video not in files]
-        fps = {}
-        with noting(self.faults):
-            fps = read_fps(self.path / "fps.txt", {*crops, *files})
+        fps = read_fps(self.path / "fps.txt", {*crops, *files})
 
         rows = []
         frames = []
@@ -504,14 +502,16 @@ class Affwild2(Source):
             wav = self.path / "audio" / f"{sound}.wav"
             rate = fps.get(sound, 30)
             with noting(self.faults):
+                if video not in crops:
+                    raise UserError(f"{self.path / 'cropped_aligned' / video}: missing, but its "
+                                    f"annotation is there; extract it again or remove {path}")
                 label = read_annotation(path)
-                # crops that are missing are named where they are looked for
-                folder = crops.get(video, self.path / "cropped_aligned" / video)
-                clips = affect_clips(folder, len(label))
+                known = np.isfinite(label).all(1)
+                clips = affect_clips(crops[video], len(label))
                 if privileged:
                     expect_sound(wav, len(label) / rate, video)
                 nearest = nearest_clip([end for end, _ in clips], len(label))
-                frames.append((label, len(rows) + nearest))
+                frames.append((label[known], (len(rows) + nearest)[known]))
                 rows += [(video, f"{video}/{end:05d}", sound, self.SPLIT[path.parent.name],
                           label[end - 1], images, (wav, end / rate)) for end, images in clips]
         if not rows:
@@ -522,10 +522,8 @@ class Affwild2(Source):
         *columns, label, self.images, self.signals = zip(*rows, strict=True)
         self.video, self.name, self.group, self.split = map(np.array, columns)
         self.label = torch.from_numpy(np.stack(label))
-        label, row = (torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
-        known = label.isfinite().all(1)
-        self.frame_label = label[known]
-        self.frame_row = row[known]
+        self.frame_label, self.frame_row = (torch.from_numpy(np.concatenate(column))
+                                            for column in zip(*frames, strict=True))
 
     def _find_crops(self):
         """{video: folder of its images}; there are several archives, of one level or two."""
