@@ -1885,6 +1885,14 @@ def from_worker(act):
         batches._shutdown_workers()  # now, not when the exception is collected
 
 
+def test_a_worker_reads_clips_into_shared_memory(monkeypatch):
+    """A full one is then an error of the worker's; in the thread that hands a batch on it would be a hang."""
+    for worker in (False, True):
+        monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda worker=worker: worker or None)
+        clips = data.read_windows(lambda row: torch.full((3,), row), [[1, 2], [5, 0]])
+        assert clips[..., 2].tolist() == [[1, 2], [5, 0]] and clips.shape == (2, 2, 3) and clips.is_shared() == worker
+
+
 def refuse(error):
     raise error
 
