@@ -362,7 +362,7 @@ class BioVid(Source):
                            if not (crops := faces / csv.parent.name / csv.name[:-8]).is_dir()]
         expect_whole_videos(folders, faces, face_start)
 
-        rows = []
+        rows = []  # the attributes of each; video is the sample's number
         for folder in folders:
             subject, sample = folder.parts[-2:]
             match = re.fullmatch(SAMPLE, sample)
@@ -495,8 +495,8 @@ class Affwild2(Source):
                        for video, folder in crops.items() if video not in files]
         fps = read_fps(self.path / "fps.txt", {*crops, *files})
 
-        rows = []
-        frames = []
+        rows = []  # the attributes of each
+        frames = []  # of each video: its valid labels, and the row whose prediction holds for each
         for video, path in files.items():
             sound = sound_name(video)
             wav = self.path / "audio" / f"{sound}.wav"
