@@ -793,8 +793,8 @@ class Features:
     def _read_label(self, arrays, count, clips):
         """Sets task, outputs and a label for each row, (N * L,) or (N * L, 2); of regression the
         labels of frames, too."""
-        label = arrays["label"]
-        if label.dtype.kind in "iu" and label.shape == (count,):
+        label = self._expect(arrays, "label", "iuf", (count,), (count, 2), (count, clips, 2))
+        if label.ndim == 1:
             classes = np.unique(label[label != -1]).tolist()
             if classes != [*range(max(len(classes), 2))]:
                 raise UserError(f"{self.path}: the classes are {classes[:9]}; number two or more "
@@ -804,7 +804,6 @@ class Features:
             self.label = torch.from_numpy(label.astype(np.int64).repeat(clips))
             return
 
-        label = self._expect(arrays, "label", "f", (count, 2), (count, clips, 2))
         if label.any() and np.isin(label, (0, 1)).all():
             raise UserError(f"{self.path}: label holds 0 and 1 alone, no valence and arousal; "
                             "write classes as label.argmax(1)")
