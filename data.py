@@ -34,6 +34,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,19 +44,22 @@ from PIL import Image, ImageOps
 from scipy.io import wavfile
 from scipy.signal import resample_poly, spectrogram
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms.functional import pil_to_tensor, resize
 from tqdm import tqdm
 
 DATASETS = ("biovid_b", "biovid_a", "affwild2", "features")
-NO_LABEL, INVALID = math.nan, -5.0  # valence/arousal without a label: here, and in files
+NO_LABEL = math.nan  # valence/arousal without a label: here,
+INVALID = -5.0  # and in files
 SAMPLE = r"\d{6}_[mw]_\d\d-(BL1|PA[1-4])-\d{3}"  # BioVid's names: subject, level, number
 BIOVID = ("BioVid is licence-gated, on request from https://www.nit.ovgu.de/BioVid.html; "
           "--synthetic runs without it")
 AFFWILD2 = ("Affwild2 is licence-gated, on request from "
             "https://ibug.doc.ic.ac.uk/resources/aff-wild2/; --synthetic runs without it")
-FEATURES = ("expected a features file (.npz): float32 visual (N, L, Dv), privileged (N, L, Dp), and "
-            "label; one in a run's folder may be deleted, it is made again")
+FEATURES = ("expected a features file (.npz): float32 visual (N, L, Dv) and privileged (N, L, Dp); "
+            "label int (N,), -1 for none, or float (N, 2) or (N, L, 2), -5 for none; group, name, "
+            "split and video text, .astype(str), or whole numbers (N,); one in a run's folder may "
+            "be deleted, it is made again")
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,17 +108,10 @@ class Scored(NamedTuple):
     row: Tensor  # (T,) the source's row that the line belongs to
 
 
-class Samples(Dataset):
-    """The clips (L, ...) of one modality in each window of index (S, L), read from disk."""
-
-    def __init__(self, source, modality, index):
-        self.read, self.index = getattr(source, modality), index
-
-    def __len__(self):
-        return len(self.index)
-
-    def __getitem__(self, sample):
-        return torch.stack([self.read(int(row)) for row in self.index[sample]])
+def read_windows(read, windows):
+    """The clips (B, L, ...) of windows of rows; read is a source's `visual` or `privileged`."""
+    clips = [torch.stack([read(row) for row in rows]) for rows in windows]
+    return default_collate(clips)  # in a worker it fills shared memory, or says that there is none
 
 
 def windows(video, length, dense=False):
@@ -150,7 +147,8 @@ def fold_windows(source, fold, dense=False, folds="subjects", labelled=None):
     training labels but those of N samples (tiles), the same ones whatever the seed; folds: see
     `parts`. Raises UserError where a part has no label, or N of them cannot be had.
     """
-    part, label = parts(source, fold, folds), source.label
+    part = parts(source, fold, folds)
+    label = source.label
     if labelled is not None:
         label = few_labels(source, part == "train", labelled, fold)
 
@@ -172,19 +170,17 @@ def few_labels(source, train, number, fold):
     samples = samples.take(train[samples.index[:, 0]] & samples.labelled.numpy())
     order = np.random.default_rng(fold).permutation(len(samples.label))
     level = samples.label[order].numpy() if samples.label.ndim == 1 else 0 * order
-    classes = np.unique(level)
-    if not len(classes) <= number <= len(order):
+    same = level[:, None] == np.unique(level)  # (samples, classes)
+    if not same.shape[1] <= number <= len(order):
         raise UserError(f"{source.path}: cannot keep {number} training labels; this fold takes "
-                        f"from {len(classes)} (one a class) to {len(order)} (all there are)")
+                        f"from {same.shape[1]} (one a class) to {len(order)} (all there are)")
 
-    place = np.empty(len(order))  # where in the order, from 0 to 1; the first of each class at 0
-    for one in classes:
-        mine = np.flatnonzero(level == one)
-        place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
-        place[mine[0]] = 0
+    rank = same.cumsum(0)[same]  # of each sample in its class, from 1
+    place = np.where(rank == 1, 0, (rank - 0.5) / (same @ same.sum(0)))  # from 0 to 1 in the order
     kept = samples.take(order[place.argsort(kind="stable")[:number]])
 
-    hidden, label = train.copy(), source.label.clone()
+    hidden = train.copy()
+    label = source.label.clone()
     hidden[kept.index[kept.keep]] = False
     label[hidden] = -1 if label.ndim == 1 else NO_LABEL
     return label
@@ -199,15 +195,16 @@ def parts(source, fold, folds="subjects"):
     release: then one person is in train and test.
     """
     group = source.group
+    split = source.split
     if folds == "clips":
-        if source.split is not None:
+        if split is not None:
             raise UserError(f"{source.path}: has a split of its own, so that there are no folds "
                             "over clips; leave --folds out")
         group = windows(source.video, source.length)[1].nonzero()[:, 0].numpy()  # a row's sample
     groups = np.random.default_rng(0).permutation(np.unique(group))
-    test = np.isin(group, groups[fold - 1::5]) if source.split is None else source.split == "test"
+    test = np.isin(group, groups[fold - 1::5]) if split is None else split == "test"
     rest = groups[np.isin(groups, group[~test])]
-    if source.split is None and len(groups) < 5 or len(rest) < 2 or not test.any():
+    if split is None and len(groups) < 5 or len(rest) < 2 or not test.any():
         raise UserError(f"{source.path}: 5 folds need at least 5 groups (subjects), a split two to "
                         f"train on and a test part; found {len(groups)} and {test.sum()} test rows")
     return np.where(test, "test", np.where(np.isin(group, rest[::8]), "val", "train"))
@@ -235,7 +232,7 @@ def image_files(folder, prefix, first=0):
     """Numbers and names of a folder's images, in order; UserError for a number below first."""
     form = prefix + r"(\d{5,9})\.(?:jpe?g|png)"
     found = (re.fullmatch(form, name, re.IGNORECASE)
-             for name in (os.listdir(folder) if folder.is_dir() else ()))
+             for name in os.listdir(folder))
     names = dict(sorted((int(match[1]), match[0]) for match in found if match))
     if min(names, default=first) < first:
         raise UserError(f"{folder}: its images are numbered from 0, expected from 1; rename "
@@ -248,10 +245,9 @@ def read_frames(folder, names, size):
     frames = []
     for name in names:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(folder / name, formats=("JPEG", "PNG")) as file:
-                    image = ImageOps.exif_transpose(file)
+            with (warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+                  Image.open(folder / name, formats=("JPEG", "PNG")) as file):
+                image = ImageOps.exif_transpose(file)
             if image.mode not in ("RGB", "L", "P", "1", "CMYK") or "transparency" in image.info:
                 raise ValueError(f"{image.mode} pixels; save it with 8 bits and without alpha")
             image = image.convert("RGB")
@@ -265,8 +261,8 @@ def read_frames(folder, names, size):
 def read_table(path, delimiter, columns):
     """The named columns of a text table as numbers, (rows, columns); it may have no row."""
     try:
-        with open(path, encoding="utf-8-sig") as file, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "loadtxt: input contained no data")
+        with (warnings.catch_warnings(action="ignore", category=UserWarning),  # of an empty table
+              open(path, encoding="utf-8-sig") as file):
             header = [name.strip() for name in file.readline().split(delimiter)]
             use = None if header == columns else [header.index(name) for name in columns]
             return np.loadtxt(file, delimiter=delimiter, usecols=use, ndmin=2)
@@ -294,44 +290,47 @@ def noting(faults):
 
 
 class Source:
-    """What the data sets of images share; `folders[video[row]]` holds all images of a row's video.
+    """What the data sets of images share: where the clips of each row lie on disk.
 
-    `faults` lists what is wrong with the folders, `strays` what lies there unused; reading a file
-    that is wrong raises UserError.
+    `images[row]` are a folder and names in it, `signals[row]` what the privileged signal is read
+    from. `faults` lists what is wrong with the folders, `strays` what lies there unused; reading a
+    file that is wrong raises UserError.
     """
     split = None
 
     def __init__(self, root, length, image_size):
-        self.path, self.length, self.image_size = Path(root), length, image_size
-        self.faults, self.strays = [], []
-
-    def frames(self, row):
-        """The folder and the names of a row's images."""
-        return self.images[row]
+        self.path = Path(root)
+        self.length = length
+        self.image_size = image_size
+        self.faults = []
+        self.strays = []
 
     def visual(self, row):
-        return read_frames(*self.frames(row), self.image_size)
+        return read_frames(*self.images[row], self.image_size)
+
+    def folders(self):
+        return dict.fromkeys(folder for folder, _ in self.images)
 
     def check(self):
         """What is wrong inside the files, and the strays; see also `faults`."""
         faults = list(self.strays)
         for row in tqdm(range(len(self.name)), disable=None):
             with noting(faults):
-                self.frames(row)
-            with noting(faults):
                 self.privileged(row)
 
-        for video in tqdm(dict.fromkeys(self.video), disable=None):
-            folder = self.folders[video]
-            with noting(faults):
-                for name in image_files(folder, self.PREFIX)[1]:
-                    with noting(faults):
-                        read_frames(folder, [name], 8)
+        for folder in tqdm(self.folders(), disable=None):
+            for name in image_files(folder, self.PREFIX)[1]:
+                with noting(faults):
+                    read_frames(folder, [name], 8)
         return faults
 
 
-# BioVid: a sample's window in seconds, images and signal values a second, images of a clip
-BEGIN, END, FPS, SIGNAL_RATE, PAIN_IMAGES = 2.0, 5.0, 25, 512, 10
+# BioVid
+BEGIN = 2.0  # a sample's window, in seconds
+END = 5.0
+FPS = 25  # images a second
+SIGNAL_RATE = 512  # signal values a second
+PAIN_IMAGES = 10  # of a clip
 
 
 class BioVid(Source):
@@ -343,81 +342,74 @@ class BioVid(Source):
     privileged(row) -> float32 (1, 67, 127) when there is one clip. Image i lies at
     face_start + (i - 1) / 25 seconds.
     """
-    task, PREFIX = "classification", "img_"
-    LEVELS = ("BL1", "PA1", "PA2", "PA3", "PA4")
+    task = "classification"
+    PREFIX = "img_"
+    LEVELS = {2: ("BL1", "PA4"), 5: ("BL1", "PA1", "PA2", "PA3", "PA4")}
     COLUMN = {"biovid_a": "gsr", "biovid_b": "emg_corrugator"}
 
-    def __init__(self, root, dataset, classes=2, length=1, image_size=112, privileged=True,
-                 face_start=None):
+    def __init__(self, root, dataset, classes, length, image_size, privileged, face_start):
         super().__init__(root, length, image_size)
-        self.column, self.face_start = self.COLUMN[dataset], face_start
-        levels = self.levels(classes)
-        self.outputs, self.samples = len(levels), []  # (folder of images, csv, class)
+        levels = self.LEVELS[classes]
+        self.outputs = len(levels)
         faces = find_folder(self.path, "faces",
                             inside=f"<subject>/<sample>/img_00001.jpg; {BIOVID}")
+        folders = sorted(p for p in faces.glob("[!._]*/[!._]*") if p.is_dir())
         if privileged:
             signals = find_folder(self.path, "biosignals_filtered", "biosignals_raw",
                                   inside=f"<subject>/<sample>_bio.csv; {BIOVID}")
             self.strays = [f"{csv}: no face crops in {crops}; not used"
                            for csv in sorted(signals.glob("[!._]*/[!.]*_bio.csv"))
                            if not (crops := faces / csv.parent.name / csv.name[:-8]).is_dir()]
+        expect_whole_videos(folders, faces, face_start)
 
-        for folder in sorted(p for p in faces.glob("[!._]*/[!._]*") if p.is_dir()):
+        rows = []  # the attributes of each; video is the sample's number
+        for folder in folders:
             subject, sample = folder.parts[-2:]
             match = re.fullmatch(SAMPLE, sample)
             csv = signals / subject / f"{sample}_bio.csv" if privileged else None
-            if not match or sample[:11] != subject:
-                self.faults.append(f"{folder}: expected a name like 071309_w_21/071309_w_21-BL1-081"
-                                   "; rename or remove it")
-            elif csv and not csv.is_file():
-                self.faults.append(f"{csv}: missing, but its face crops are there; extract it "
-                                   f"again or remove {folder}")
-            elif match[1] in levels:
-                self.samples.append((folder, csv, levels.index(match[1])))
-        if not self.samples and not self.faults:
-            raise UserError(f"{faces}: no sample of {', '.join(levels)} in it; expected "
-                            f"<subject>/<sample>/; {BIOVID}")
-        self.folders = [folder for folder, _, _ in self.samples]
-        if face_start is None:
             with noting(self.faults):
-                expect_whole_videos(self.folders, faces)
+                if not match or sample[:11] != subject:
+                    raise UserError(f"{folder}: expected a name like 071309_w_21/071309_w_21-BL1-"
+                                    "081; rename or remove it")
+                if csv and not csv.is_file():
+                    raise UserError(f"{csv}: missing, but its face crops are there; extract it "
+                                    f"again or remove {folder}")
+                if match[1] in levels:
+                    rows += [(len(rows) // length, f"{sample}/{clip}", subject,
+                              levels.index(match[1]), images,
+                              (csv, self.COLUMN[dataset], *clip_spans(length)[clip]))
+                             for clip, images in pain_clips(folder, length, face_start)]
+        if not rows:
+            self.faults.append(f"{faces}: no sample of {', '.join(levels)} in it that can be used; "
+                               f"expected <subject>/<sample>/; {BIOVID}")
+            return
 
-        self.video = np.repeat(np.arange(len(self.samples)), length)
-        self.name = np.array([f"{f.name}/{clip}" for f in self.folders for clip in range(length)])
-        self.group = np.repeat([folder.parent.name for folder in self.folders], length)
-        self.label = torch.tensor([level for _, _, level in self.samples]).repeat_interleave(length)
-
-    @classmethod
-    def levels(cls, classes):
-        return cls.LEVELS if classes == 5 else ("BL1", "PA4")
-
-    def frames(self, row):
-        folder = self.folders[self.video[row]]
-        return folder, pain_frames(folder, *clip_span(row, self.length), self.face_start)
+        *columns, label, self.images, self.signals = zip(*rows, strict=True)
+        self.video, self.name, self.group = map(np.array, columns)
+        self.label = torch.tensor(label)
 
     def privileged(self, row):
-        csv = self.samples[self.video[row]][1]
-        values = read_biosignal(csv, self.column, *clip_span(row, self.length))
-        return pain_spectrogram(values)
+        return pain_spectrogram(read_biosignal(*self.signals[row]))
 
     def describe(self):
-        frames = sum(len(image_files(folder, self.PREFIX)[0]) for folder in self.folders)
+        folders = self.folders()
+        frames = sum(len(image_files(folder, self.PREFIX)[0]) for folder in folders)
         classes = ", ".join(f"{name} {int((self.label == i).sum())}"
-                            for i, name in enumerate(self.levels(self.outputs)))
-        return (f"{len(set(self.group))} subjects, {len(self.samples)} samples, {frames} frames, "
+                            for i, name in enumerate(self.LEVELS[self.outputs]))
+        return (f"{len(set(self.group))} subjects, {len(folders)} samples, {frames} frames, "
                 f"classes {classes}")
 
 
-def clip_span(row, length):
-    """Where a row's clip begins and ends in a BioVid sample of `length` clips, in seconds."""
-    clip, seconds = row % length, (END - BEGIN) / length
-    return BEGIN + clip * seconds, BEGIN + (clip + 1) * seconds
+def clip_spans(length):
+    """Where each of the `length` clips of a BioVid sample begins and ends, in seconds."""
+    return [*pairwise(np.linspace(BEGIN, END, length + 1).tolist())]
 
 
-def expect_whole_videos(folders, where):
-    """Raises UserError if no folder has images beyond 3.2 s: those are cut, and begin later."""
+def expect_whole_videos(folders, where, face_start):
+    """Raises UserError if no folder has images beyond 3.2 s: those are cut, and begin later. With
+    face_start it is known where they begin."""
     last = 0
-    for folder in folders:
+    for folder in folders if face_start is None else ():
         last = image_files(folder, "img_")[0].max(initial=last)
         if last > 80:
             return
@@ -426,8 +418,8 @@ def expect_whole_videos(folders, where):
                         "say with --face-start when image 1 was taken (2 if cut to 2-5 s)")
 
 
-def pain_frames(folder, begin, end, face_start=None):
-    """Names of PAIN_IMAGES equally spaced ones of the images from begin to end seconds.
+def pain_clips(folder, length, face_start=None):
+    """Number, and folder and names of PAIN_IMAGES equally spaced images, of each clip of a sample.
 
     Image 1 lies at face_start, 0 s by default. A clip without an image takes the one of the
     sample's window that is nearest to its middle.
@@ -435,14 +427,19 @@ def pain_frames(folder, begin, end, face_start=None):
     numbers, names = image_files(folder, "img_", first=face_start is None)
     seconds = (face_start or 0) + (numbers - 1) / FPS
     window = (seconds >= BEGIN) & (seconds < END)
-    names, seconds = names[window], seconds[window]
+    names = names[window]
+    seconds = seconds[window]
     if not len(names):
         raise UserError(f"{folder}: no face img_<5 digits>.jpg between {BEGIN:g} and {END:g} s; "
                         "extract its crops again or remove the folder")
-    clip = np.flatnonzero((seconds >= begin) & (seconds < end))
-    if not len(clip):
-        clip = np.abs(seconds - (begin + end) / 2).argmin(keepdims=True)
-    return names[clip[np.linspace(0, len(clip) - 1, PAIN_IMAGES).round().astype(int)]]
+    clips = []
+    for clip, (begin, end) in enumerate(clip_spans(length)):
+        inside = np.flatnonzero((seconds >= begin) & (seconds < end))
+        if not len(inside):
+            inside = np.abs(seconds - (begin + end) / 2).argmin(keepdims=True)
+        spaced = np.linspace(0, len(inside) - 1, PAIN_IMAGES).round().astype(int)
+        clips.append((clip, (folder, names[inside[spaced]])))
+    return clips
 
 
 def read_biosignal(path, column, begin, end):
@@ -468,7 +465,9 @@ def pain_spectrogram(values):
     return torch.from_numpy(np.log(power + 1e-10)[None]).float()
 
 
-CLIP, EVERY = 32, 4  # Affwild2: frames a clip, and which of them are shown
+# Affwild2
+CLIP = 32  # frames a clip,
+EVERY = 4  # and which of them are shown
 
 
 class Affwild2(Source):
@@ -481,105 +480,82 @@ class Affwild2(Source):
     its last frame's. frame_label (T, 2) and frame_row (T,) hold each labelled frame of the data set
     once, with the row whose prediction holds for it.
     """
-    task, outputs, PREFIX = "regression", 2, ""
+    task = "regression"
+    outputs = 2
+    PREFIX = ""
     SPLIT = {"Train_Set": "train", "Validation_Set": "test"}
 
-    def __init__(self, root, length=8, image_size=112, privileged=True):
+    def __init__(self, root, length, image_size, privileged):
         super().__init__(root, length, image_size)
-        self.fps, self.folders, annotations = {}, self._find_crops(), self._find_annotations()
-        files = self._find_files(annotations)
+        crops = self._find_crops()
+        annotations = self._find_annotations()
+        files = self._by_video(path for part in self.SPLIT
+                               for path in sorted((annotations / part).glob("[!.]*.txt")))
         self.strays = [f"{folder}: crops without an annotation file in {annotations}; not used"
-                       for video, folder in self.folders.items() if video not in files]
-        for video in files:  # crops that are missing are named where they are looked for
-            self.folders.setdefault(video, self.path / "cropped_aligned" / video)
-        with noting(self.faults):
-            self._read_fps()
+                       for video, folder in crops.items() if video not in files]
+        fps = read_fps(self.path / "fps.txt", {*crops, *files})
 
-        rows, frames = [], []
+        rows = []  # the attributes of each
+        frames = []  # of each video: its valid labels, and the row whose prediction holds for each
         for video, path in files.items():
+            sound = sound_name(video)
+            wav = self.path / "audio" / f"{sound}.wav"
+            rate = fps.get(sound, 30)
             with noting(self.faults):
+                if video not in crops:
+                    raise UserError(f"{self.path / 'cropped_aligned' / video}: missing, but its "
+                                    f"annotation is there; extract it again or remove {path}")
                 label = read_annotation(path)
-                clips = affect_clips(self.folders[video], len(label))
+                known = np.isfinite(label).all(1)
+                clips = affect_clips(crops[video], len(label))
                 if privileged:
-                    self._check_sound(video, len(label))
+                    expect_sound(wav, len(label) / rate, video)
                 nearest = nearest_clip([end for end, _ in clips], len(label))
-                frames.append((label, len(rows) + nearest))
-                rows += [(video, f"{video}/{end:05d}", sound_name(video),
-                          self.SPLIT[path.parent.name], end, label[end - 1], images)
-                         for end, images in clips]
+                frames.append((label[known], (len(rows) + nearest)[known]))
+                rows += [(video, f"{video}/{end:05d}", sound, self.SPLIT[path.parent.name],
+                          label[end - 1], images, (wav, end / rate)) for end, images in clips]
         if not rows:
             self.faults.append(f"{annotations}: nothing that can be used in Train_Set and "
                                f"Validation_Set; {AFFWILD2}")
             return
 
-        *columns, label, self.images = zip(*rows, strict=True)
-        self.video, self.name, self.group, self.split, self.end = map(np.array, columns)
+        *columns, label, self.images, self.signals = zip(*rows, strict=True)
+        self.video, self.name, self.group, self.split = map(np.array, columns)
         self.label = torch.from_numpy(np.stack(label))
-        label, row = (torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
-        known = label.isfinite().all(1)
-        self.frame_label, self.frame_row = label[known], row[known]
-
-    def _find_files(self, annotations):
-        """{video: its annotation file}"""
-        files = {}
-        for part in self.SPLIT:
-            for path in sorted((annotations / part).glob("[!.]*.txt")):
-                if path.stem in files:
-                    self.faults.append(f"{path}: is in Train_Set, too; a video belongs to one set: "
-                                       "remove one of the files")
-                files[path.stem] = path
-        return files
+        self.frame_label, self.frame_row = (torch.from_numpy(np.concatenate(column))
+                                            for column in zip(*frames, strict=True))
 
     def _find_crops(self):
         """{video: folder of its images}; there are several archives, of one level or two."""
         find_folder(self.path, "cropped_aligned", inside=f"<video>/00001.jpg; {AFFWILD2}")
-        crops = {}
-        for path in sorted(path for level in ("*", "batch*/*", "cropped_aligned*/*")
-                           for path in self.path.glob(f"cropped_aligned*/{level}")):
-            video = path.is_dir() and not re.match(r"[._]|batch\d*$|cropped_aligned", path.name)
-            if video and crops.setdefault(path.name, path) != path:
-                self.faults.append(f"{path}: the same video as {crops[path.name]}; keep one")
-        return crops
+        paths = sorted(path for level in ("*", "batch*/*", "cropped_aligned*/*")
+                       for path in self.path.glob(f"cropped_aligned*/{level}"))
+        litter = re.compile(r"[._]|batch\d*$|cropped_aligned")
+        return self._by_video(path for path in paths
+                              if path.is_dir() and not litter.match(path.name))
+
+    def _by_video(self, paths):
+        """{video: its path}; any further path of a video is a fault."""
+        found = {}
+        for path in paths:
+            first = found.setdefault(path.name.removesuffix(".txt"), path)
+            if first != path:
+                self.faults.append(f"{path}: the same video as {first}; keep one")
+        return found
 
     def _find_annotations(self):
-        sets = [str(path.parent) for level in ("", "*/", "*/*/", "annotations/annotations/*/")
+        sets = [path.parent for level in ("", "*/", "*/*/", "annotations/annotations/*/")
                 for name in ("VA_Estimation_Challenge", "VA_Set")
                 for path in sorted(self.path.glob(f"{level}{name}/Train_Set"))
                 if "__MACOSX" not in path.parts]
         if len(sets) != 1:
             raise UserError(f"{self.path / 'annotations'}: expected one edition of ABAW's "
                             "VA_Estimation_Challenge/Train_Set/<video>.txt in it, found "
-                            f"{' and '.join(sets) or 'none'}; keep one there. {AFFWILD2}")
-        return Path(sets[0])
-
-    def _read_fps(self):
-        """Frame rates from fps.txt; a video's ending may be there, a rate be 30000/1001."""
-        path, known = self.path / "fps.txt", {sound_name(video) for video in self.folders}
-        text = path.read_text("utf-8-sig", errors="replace") if path.exists() else ""
-        for line in filter(str.strip, text.splitlines()):
-            match = re.fullmatch(r"(.+?)(?:_left|_right)?(?:\.(?:mp4|avi|mov|mkv|webm))?"
-                                 r"\s+([1-9]\d*(?:\.\d+)?)(?:/([1-9]\d*))?\s*", line, re.IGNORECASE)
-            rate = match and float(match[2]) / int(match[3] or 1)
-            if not match or match[1] not in known or self.fps.setdefault(match[1], rate) != rate:
-                raise UserError(f"{path}: expected lines '<video> <frames per second>', one for "
-                                f"a video that is there, not {line[:60]!r}")
-
-    def _check_sound(self, video, frames):
-        rate, sound = read_wav(self.wav(video))
-        seconds, needed = len(sound) / rate, frames / self.rate(video)
-        if seconds < needed - 1:  # within a second: roundings of the rate; silence fills it
-            raise UserError(f"{self.wav(video)}: {seconds:.1f} s of sound for {needed:.1f} s of "
-                            f"{video}; extract it again or give the frame rate in fps.txt")
-
-    def wav(self, video):
-        return self.path / "audio" / f"{sound_name(video)}.wav"
-
-    def rate(self, video):
-        return self.fps.get(sound_name(video), 30)
+                            f"{' and '.join(map(str, sets)) or 'none'}; keep one there. {AFFWILD2}")
+        return sets[0]
 
     def privileged(self, row):
-        video = self.video[row]
-        return log_mel(read_sound(self.wav(video), self.end[row] / self.rate(video)))
+        return log_mel(read_sound(*self.signals[row]))
 
     def describe(self):
         return ", ".join(f"{part}: {len(set(self.video[self.split == part]))} videos, "
@@ -596,7 +572,7 @@ def affect_clips(folder, frames=None):
     """
     numbers, names = image_files(folder, "", first=1)
     last = numbers.max(initial=0)
-    frames, annotation = (last, "") if frames is None else (frames, f" of {folder.name}.txt")
+    frames = last if frames is None else frames
     clips = []
     for end in [*range(CLIP, frames, CLIP), frames]:
         near = (numbers > end - CLIP) & (numbers <= end)
@@ -606,8 +582,8 @@ def affect_clips(folder, frames=None):
             clips.append((end, (folder, names[near][gap.argmin(1)])))
     if not clips or frames < CLIP or last > frames + 2:
         raise UserError(f"{folder}: {len(names)} images <5 digits>.jpg up to number {last} do not "
-                        f"fit {frames} frames{annotation} ({CLIP} or more); extract it again, or "
-                        "remove it and its annotation")
+                        f"fit {frames} frames ({CLIP} or more, the rows of {folder.name}.txt if "
+                        "that is there); extract it again, or remove it and its annotation")
     return clips
 
 
@@ -623,6 +599,22 @@ def sound_name(video):
     return re.sub("_(left|right)$", "", video)
 
 
+def read_fps(path, videos):
+    """{name of the sound: frame rate} from fps.txt; a video's ending may be there, a rate be
+    30000/1001."""
+    fps = {}
+    known = {sound_name(video) for video in videos}
+    text = path.read_text("utf-8-sig", errors="replace") if path.exists() else ""
+    for line in filter(str.strip, text.splitlines()):
+        match = re.fullmatch(r"(.+?)(?:_left|_right)?(?:\.(?:mp4|avi|mov|mkv|webm))?"
+                             r"\s+([1-9]\d*(?:\.\d+)?)(?:/([1-9]\d*))?\s*", line, re.IGNORECASE)
+        rate = match and float(match[2]) / int(match[3] or 1)
+        if not match or match[1] not in known or fps.setdefault(match[1], rate) != rate:
+            raise UserError(f"{path}: expected lines '<video> <frames per second>', one for a "
+                            f"video that is there, not {line[:60]!r}")
+    return fps
+
+
 def read_annotation(path):
     """Affwild2's file -> float32 (T, 2); a row with -5 in either place has no label: NaN."""
     label = read_table(path, ",", ["valence", "arousal"])
@@ -635,9 +627,8 @@ def read_annotation(path):
 def read_wav(path):
     """Sample rate and samples of a wav, (n,) or (n, channels), mapped rather than read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks of metadata
-            rate, sound = wavfile.read(path, mmap=True)
+        with warnings.catch_warnings(action="ignore", category=wavfile.WavFileWarning):
+            rate, sound = wavfile.read(path, mmap=True)  # it warns of chunks of metadata
         if sound.size == 0 or sound.dtype == np.uint8 or not 1000 <= rate <= 200000:
             raise ValueError(f"{sound.size} samples of {sound.dtype} at {rate} Hz")
     except Exception as error:  # a damaged header makes scipy raise any of a dozen kinds
@@ -648,13 +639,24 @@ def read_wav(path):
     return rate, sound
 
 
-SOUND_RATE, SOUND_SAMPLES = 44100, 47040  # 1.067 s: a clip's 32 frames at 30 fps
+def expect_sound(path, needed, video):
+    """Raises UserError unless a wav is as long as its video, of `needed` seconds."""
+    rate, sound = read_wav(path)
+    seconds = len(sound) / rate
+    if seconds < needed - 1:  # within a second: roundings of the rate; silence fills it
+        raise UserError(f"{path}: {seconds:.1f} s of sound for {needed:.1f} s of {video}; extract "
+                        "it again or give the frame rate in fps.txt")
+
+
+SOUND_RATE = 44100
+SOUND_SAMPLES = 47040  # 1.067 s: a clip's 32 frames at 30 fps
 
 
 def read_sound(path, end):
     """The SOUND_SAMPLES mono float32 at 44.1 kHz that end at `end` s, zeros outside the file."""
     rate, sound = read_wav(path)
-    stop, count = round(end * rate), math.ceil(SOUND_SAMPLES * rate / SOUND_RATE)
+    stop = round(end * rate)
+    count = math.ceil(SOUND_SAMPLES * rate / SOUND_RATE)
     piece = np.asarray(sound[max(stop - count, 0):stop])
     if piece.dtype.kind == "i":
         piece = piece / -float(np.iinfo(piece.dtype).min)
@@ -662,8 +664,7 @@ def read_sound(path, end):
         raise UserError(f"{path}: holds NaN or values beyond 1e9 before {end:.2f} s; make it again "
                         f"with ffmpeg -ac 1 -ar {SOUND_RATE}")
     piece = piece.mean(1) if piece.ndim == 2 else piece
-    before = max(count - stop, 0)
-    piece = np.pad(piece, (before, count - before - len(piece)))
+    piece = np.pad(piece, (max(count - stop, 0), count))[:count]
     return resample_poly(piece, SOUND_RATE, rate)[-SOUND_SAMPLES:].astype(np.float32)
 
 
@@ -696,16 +697,15 @@ class Faces(Source):
     def __init__(self, folder, dataset, length, image_size, face_start=None):
         super().__init__(folder, length, image_size)
         folders = list(image_folders(self.path))
-        if dataset != "affwild2" and face_start is None:
-            expect_whole_videos(folders, folder)
+        if dataset != "affwild2":
+            expect_whole_videos(folders, folder, face_start)
 
         rows = []
         for one in folders:
             video = str(one.relative_to(self.path)) if one != self.path else one.resolve().name
             with noting(self.faults):
-                clips = affect_clips(one) if dataset == "affwild2" else [
-                    (clip, (one, pain_frames(one, *clip_span(clip, length), face_start)))
-                    for clip in range(length)]
+                clips = (affect_clips(one) if dataset == "affwild2"
+                         else pain_clips(one, length, face_start))
                 rows += [(video, f"{video}/{number:05d}", images) for number, images in clips]
         if not rows:
             raise UserError((self.faults or [f"{folder}: no images there; expected face crops (jpg "
@@ -736,12 +736,14 @@ class Features:
     if None. Raises UserError for whatever does not fit.
     """
 
-    faults, split = (), None
+    faults = ()
+    split = None
     KEYS = {"visual", "privileged", "label", "group", "split", "name", "video", "frame_label",
             "frame_row", "backbones"}
 
     def __init__(self, path, length=None, privileged=True, labelled=True):
-        self.path, self.rows = Path(path), {}
+        self.path = Path(path)
+        self.rows = {}
         needed = {"visual": True, "privileged": privileged, "label": labelled}
         arrays = read_arrays(path, needed)
         if strays := sorted(arrays.keys() - self.KEYS):  # a group that is misspelt would be a leak
@@ -749,34 +751,29 @@ class Features:
                             f"{', '.join(sorted(self.KEYS))}, or leave it out")
         count, clips = (*arrays["visual"].shape, 0, 0)[:2]
         for key in ("visual", "privileged") if privileged else ("visual",):
-            array = arrays[key]
-            if not fits(array, "f", (count, clips, *array.shape[-1:])):
-                raise UserError(f"{path}: {key} is {array.dtype} {array.shape}, or holds NaN or "
-                                f"infinity; {FEATURES}")
+            array = self._expect(arrays, key, "f", (count, clips, *arrays[key].shape[-1:]))
             self.rows[key] = torch.from_numpy(array.astype(np.float32)).flatten(0, 1)
 
         self.length = length or clips
         self.backbones = str(arrays.get("backbones", ""))  # whose features they are, from stage 2
         self._read_names(arrays, count, clips)
         if labelled:
-            self._read_label(arrays["label"], count, clips)
-        if self.backbones and "frame_row" in arrays:
-            row, label = arrays["frame_row"], arrays.get("frame_label", np.zeros(0))
-            if not (fits(row, "i", (row.size,)) and fits(label, "f", (row.size, 2))
-                    and np.isin(row, np.arange(count * clips)).all()):
-                raise UserError(f"{path}: frame_row and frame_label are damaged; delete the file")
-            self.frame_row = torch.from_numpy(row.astype(np.int64))
-            self.frame_label = torch.from_numpy(label.astype(np.float32))
+            self._read_label(arrays, count, clips)
+
+    def _expect(self, arrays, key, kinds, *shapes):
+        """An array of these kinds and one of these shapes, not empty, and finite as float32."""
+        array = arrays[key]
+        if not (array.dtype.kind in kinds and array.shape in shapes and array.size > 0
+                and ("U" in kinds or float(np.abs(array).max()) < 3e38)):
+            raise UserError(f"{self.path}: {key} is {array.dtype} {array.shape}, or holds NaN or "
+                            f"infinity; {FEATURES}")
+        return array
 
     def _read_names(self, arrays, count, clips):
         """Sets group, name, video and split, (N * L,) each."""
         arrays = dict.fromkeys(("group", "name", "video"), np.arange(count)) | arrays
         for key in sorted({"group", "name", "split", "video"} & arrays.keys()):
-            array = arrays[key]
-            if not fits(array, "Uiu", (count,)):
-                raise UserError(f"{self.path}: {key} is {array.dtype} {array.shape}, expected text "
-                                f"or whole numbers ({count},): write it with .astype(str)")
-            setattr(self, key, array.repeat(clips))
+            setattr(self, key, self._expect(arrays, key, "Uiu", (count,)).repeat(clips))
         self.name = self.name.astype(str)
         if len(np.unique(self.name)) < count:  # an evaluation finds its samples by name
             raise UserError(f"{self.path}: name holds the same one twice; number them")
@@ -793,30 +790,33 @@ class Features:
         if len(both) and not self.backbones:  # stage 2's is the split that the data set came with
             raise UserError(f"{self.path}: group {both[0]} is in both splits; give it to one")
 
-    def _read_label(self, label, count, clips):
-        """Sets task, outputs and a label for each row, (N * L,) or (N * L, 2)."""
-        if label.dtype.kind in "iu" and label.shape == (count,):
-            classes = np.unique(label[label != -1])
-            if len(classes) < 2 or (classes != np.arange(len(classes))).any():
-                raise UserError(f"{self.path}: the classes are {classes.tolist()[:9]}; number two "
-                                "or more from 0 on, leaving none out, and write -1 for no label")
-            self.task, self.outputs = "classification", len(classes)
+    def _read_label(self, arrays, count, clips):
+        """Sets task, outputs and a label for each row, (N * L,) or (N * L, 2); of regression the
+        labels of frames, too."""
+        label = self._expect(arrays, "label", "iuf", (count,), (count, 2), (count, clips, 2))
+        if label.ndim == 1:
+            classes = np.unique(label[label != -1]).tolist()
+            if classes != [*range(max(len(classes), 2))]:
+                raise UserError(f"{self.path}: the classes are {classes[:9]}; number two or more "
+                                "from 0 on, leaving none out, and write -1 for no label")
+            self.task = "classification"
+            self.outputs = len(classes)
             self.label = torch.from_numpy(label.astype(np.int64).repeat(clips))
             return
 
-        if not fits(label, "f", (count, 2), (count, clips, 2)):
-            raise UserError(f"{self.path}: label is {label.dtype} {label.shape} or holds NaN; "
-                            f"expected int ({count},), -1 for none, or float ({count}, 2) or "
-                            f"({count}, {clips}, 2), -5 for none")
         if label.any() and np.isin(label, (0, 1)).all():
             raise UserError(f"{self.path}: label holds 0 and 1 alone, no valence and arousal; "
                             "write classes as label.argmax(1)")
-        self.task, self.outputs = "regression", 2
+        self.task = "regression"
+        self.outputs = 2
         label = torch.from_numpy(label.astype(np.float32)).reshape(count, -1, 2)
         label = label.expand(count, clips, 2).flatten(0, 1)
         self.label = label.where((label != INVALID).all(1, True), NO_LABEL)
         self.frame_row = self.label.isfinite().all(1).nonzero()[:, 0]
         self.frame_label = self.label[self.frame_row]
+        if self.backbones and "frame_row" in arrays:  # stage 2's, checked when they were read
+            self.frame_row = torch.from_numpy(arrays["frame_row"])
+            self.frame_label = torch.from_numpy(arrays["frame_label"])
 
     def visual(self, row):
         return self.rows["visual"][row]
@@ -834,15 +834,10 @@ class Features:
                 f"{len(set(self.group))} groups, {widths}")
 
 
-def fits(array, kinds, *shapes):
-    """Whether an array is of one of these kinds and shapes, not empty, and finite as float32."""
-    return (array.dtype.kind in kinds and array.shape in shapes and array.size > 0
-            and ("U" in kinds or float(np.abs(array).max()) < 3e38))
-
-
 def read_arrays(path, needed):
     """The arrays of an .npz file but those that are not needed; nothing pickled is ever opened."""
-    arrays, key = {}, "file"
+    arrays = {}
+    key = "file"
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; {FEATURES}")
     try:
@@ -898,9 +893,9 @@ def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileg
     else:
         source = BioVid(root, dataset, classes, length or 1, image_size, privileged, face_start)
     if source.faults and strict:
-        more = len(source.faults) - 1
-        hint = f" (and {more} more: python data.py --check {dataset} --root {root})"
-        raise UserError(source.faults[0] + hint * (more > 0))
+        first, *more = source.faults
+        hint = f" (and {len(more)} more: python data.py --check {dataset} --root {root})"
+        raise UserError(first + hint * bool(more))
     return source
 
 
@@ -909,7 +904,10 @@ def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileg
 # on the scores of single modalities and of their fusion, to come out in Table I's order; no student
 # and no distillation method was looked at.
 NOISE = {"biovid_a": (0.60, 0.20), "biovid_b": (0.60, 0.45), "affwild2": (0.25, 0.60)}
-SUBJECTS, REPEATS, VIDEOS, FACE = 24, 8, 32, 56
+SUBJECTS = 24  # BioVid's,
+REPEATS = 8  # and each one's samples of a level
+VIDEOS = 32  # Affwild2's
+FACE = 56  # pixels
 
 
 def write_stand_in(dataset, root):
@@ -936,7 +934,8 @@ def draw_faces(identity, brow, eye, mouth, smile):
     """
     brow, eye, mouth, smile = np.float32([brow, eye, mouth, smile])[..., None, None]  # (T, 1, 1)
     axis = np.linspace(-1, 1, FACE, dtype=np.float32)
-    y, x = axis[:, None], np.abs(axis)  # the right half is the left one's mirror image
+    y = axis[:, None]
+    x = np.abs(axis)  # the right half is the left one's mirror image
 
     def blob(cx, cy, rx, ry):
         return (4 * (1 - ((x - cx) / rx) ** 2 - ((y - cy) / ry) ** 2)).clip(0, 1)
@@ -967,13 +966,14 @@ def write_biovid(dataset, root, rng):
     header = "time\tgsr\tecg\temg_trapezius\t emg_corrugator\temg_zygomaticus"
     for person in tqdm(range(SUBJECTS), disable=None):
         subject = f"{person + 1:02d}0109_{'mw'[person % 2]}_{20 + person}"
-        identity, gain = rng.uniform(-1, 1, 8), rng.normal(1, 0.15)
+        identity = rng.uniform(-1, 1, 8)
+        gain = rng.normal(1, 0.15)
         reactive = 0.15 if person % 6 == 5 else 1.0  # some subjects hardly react
         signals = root / "biosignals_filtered" / subject
         signals.mkdir(parents=True)
         for n in range(5 * REPEATS):
             level = n % 5
-            sample = f"{subject}-{BioVid.LEVELS[level]}-{n + 81:03d}"
+            sample = f"{subject}-{BioVid.LEVELS[5][level]}-{n + 81:03d}"
             hidden = reactive * level / 4
             t = np.arange(138) / FPS
             onset = (t / 1.5).clip(0, 1)
@@ -993,8 +993,8 @@ def write_biovid(dataset, root, rng):
             table = np.column_stack([t * 1e6, 5 + 0.5 * gain + 2.0 * felt + 0.01 * noise[:, 0],
                                      np.exp(-(((t * 1.2) % 1 - 0.5) / 0.02) ** 2), 3 * noise[:, 1],
                                      tension * noise[:, 2], tension * noise[:, 3]])
-            np.savetxt(signals / f"{sample}_bio.csv", table, fmt=["%d"] + ["%.4f"] * 5,
-                       delimiter="\t", header=header, comments="")
+            np.savetxt(signals / f"{sample}_bio.csv", table, ["%d"] + ["%.4f"] * 5, "\t",
+                       header=header, comments="")
 
 
 def _wander(rng, frames):
@@ -1005,7 +1005,8 @@ def _wander(rng, frames):
 
 
 def write_affwild2(dataset, root, rng):
-    labels, audio = root / "annotations" / "VA_Estimation_Challenge", root / "audio"
+    labels = root / "annotations" / "VA_Estimation_Challenge"
+    audio = root / "audio"
     for folder in (labels / "Train_Set", labels / "Validation_Set", audio):
         folder.mkdir(parents=True)
     videos = [f"video{i}" for i in range(VIDEOS)]
@@ -1033,7 +1034,7 @@ def write_affwild2(dataset, root, rng):
         table[lost:lost + 40, n % 2] = -5  # a stretch that nobody could label
         rows = np.arange(frames + n % 3 - 1)  # one more or less than there are frames
         table = table[rows.clip(max=frames - 1)]
-        np.savetxt(labels / part / f"{video}.txt", table, fmt="%.3f", delimiter=",",
+        np.savetxt(labels / part / f"{video}.txt", table, "%.3f", ",",
                    header="valence,arousal", comments="")
 
         if not video.endswith("_right"):  # the pair's sound is the left one's
@@ -1048,9 +1049,10 @@ def write_affwild2(dataset, root, rng):
 
 
 # Face crops from videos. A face is four numbers: x and y of its centre, the side of the square that
-# is cut, and by how many degrees the square is turned; NaN without a face. Frames shrink to FRAME:
-# fine enough for crops of CROP, coarse enough for a quick detector.
-CROP, FRAME, MARGIN = 112, 640, 1.2  # pixels; pixels of the longer side; of the detector's box
+# is cut, and by how many degrees the square is turned; NaN without a face.
+CROP = 112  # pixels
+FRAME = 640  # of the longer side: fine enough for the crops, coarse enough for a quick detector
+MARGIN = 1.2  # of the detector's box
 
 
 @cache
@@ -1125,7 +1127,9 @@ def video_frames(path):
         while shown < FPS * (time + later) / 2:
             yield frame
             shown += 1
-        frame, time, count = following, later, count + 1
+        frame = following
+        time = later
+        count += 1
 
     promised = video.get(cv2.CAP_PROP_FRAME_COUNT)  # sometimes an estimate
     if count < max(1, 0.95 * promised):
@@ -1177,24 +1181,23 @@ def crop_videos(videos, root, detector, workers):
     if strays and (any(root.glob("biosignals_*")) or strays != paths):
         raise UserError(f"{strays[0]}: expected a name like 071309_w_21-BL1-081; move or rename it")
 
-    jobs = []
+    targets = {}  # {folder of crops: its video}
     for path in paths:
         folder = path.relative_to(videos).parent if strays else path.stem[:11]
-        jobs.append((path, root / "faces" / folder / path.stem, detector))
-    targets = [target for _, target, _ in jobs]
-    if len(set(targets)) < len(targets):
-        raise UserError(f"{max(targets, key=targets.count)}: two videos of this name; remove one")
-    todo = [job for job in jobs if not job[1].is_dir()]
-    workers = max(0, min(workers, len(todo)))
-    loader = DataLoader(todo, None, num_workers=workers, collate_fn=crop_video)
+        target = root / "faces" / folder / path.stem
+        if targets.setdefault(target, path) != path:
+            raise UserError(f"{target}: two videos of this name; remove one")
+    todo = [(path, target, detector) for target, path in targets.items() if not target.is_dir()]
+    loader = DataLoader(todo, None, num_workers=max(0, min(workers, len(todo))),
+                        collate_fn=crop_video)
     results = tqdm(loader, unit="video", disable=None)
 
     frames, missing, faults = zip((0, 0, ""), *results, strict=True)
     faults = [fault for fault in faults if fault]
-    done = [job[1] for job in jobs if job[1].is_dir()]
-    fewest = sorted(f"{len(os.listdir(folder)):6} {folder.name}" for folder in done)[:10]
+    fewest = sorted(f"{len(os.listdir(folder)):6} {folder.name}"
+                    for folder in targets if folder.is_dir())[:10]
     print("fewest faces:", *fewest, *faults, sep="\n")
-    print(f"{len(jobs)} videos, {len(jobs) - len(todo)} there already, {len(faults)} failed; "
+    print(f"{len(targets)} videos, {len(targets) - len(todo)} there already, {len(faults)} failed; "
           f"{sum(frames)} frames, {sum(missing)} without a face")
     sys.exit(bool(faults))
 
@@ -1206,11 +1209,12 @@ def parse(argv=None):
     job.add_argument("--synthetic", choices=DATASETS[:3], help="write a stand-in to --root")
     job.add_argument("--crop", type=Path, metavar="VIDEOS",
                      help="cut the faces out of a video or a folder of videos, into --root/faces")
-    parser.add_argument("--detector", default="haar", metavar="FILE",
-                        help="for --crop: the file of YuNet, else OpenCV 4's Haar cascade")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="for --crop: processes")
-    parser.add_argument("--face-start", type=float, help="for --check: where image 1 lies, seconds")
-    parser.add_argument("--root", help="default: data/<data set>, with -synthetic for a stand-in")
+    add = parser.add_argument
+    add("--detector", default="haar", metavar="FILE",
+        help="for --crop: the file of YuNet, else OpenCV 4's Haar cascade")
+    add("--workers", type=int, default=os.cpu_count(), help="for --crop: processes")
+    add("--face-start", type=float, help="for --check: where image 1 lies, seconds")
+    add("--root", help="default: data/<data set>, with -synthetic for a stand-in")
     return parser.parse_args(argv)
 
 

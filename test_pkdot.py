@@ -892,7 +892,7 @@ def biovid(root, names=(NAME,), frames=range(1, 139), signals="biosignals_filter
     dict(signals="biosignals_filtered/biosignals_filtered"), dict(header="\ufeff" + HEADER)])
 def test_biosignal_window_is_cut_by_time_in_every_layout(tmp_path, dataset, sign, layout):
     source = data.open_dataset(dataset, biovid(tmp_path, **layout))
-    values = data.read_biosignal(source.samples[0][1], source.column, 2.0, 5.0)
+    values = data.read_biosignal(*source.signals[0])
     np.testing.assert_array_equal(values, sign * np.arange(1024, 2560))  # 2.0 s to 5.0 s at 512 Hz
     spectrogram = source.privileged(0)
     assert spectrogram.shape == (1, 67, 127) and spectrogram.dtype == torch.float32
@@ -900,8 +900,8 @@ def test_biosignal_window_is_cut_by_time_in_every_layout(tmp_path, dataset, sign
 
 def test_clips_of_a_biovid_sample_share_its_span_and_label(tmp_path):
     source = data.open_dataset("biovid_a", biovid(tmp_path), length=4)
-    assert [data.clip_span(i, 4) for i in range(4)] == [(2, 2.75), (2.75, 3.5), (3.5, 4.25), (4.25, 5)]
-    pieces = [data.read_biosignal(source.samples[0][1], "gsr", *data.clip_span(i, 4)) for i in range(4)]
+    assert data.clip_spans(4) == [(2, 2.75), (2.75, 3.5), (3.5, 4.25), (4.25, 5)]
+    pieces = [data.read_biosignal(*signal) for signal in source.signals]
     np.testing.assert_array_equal(np.concatenate(pieces), np.arange(1024, 2560))
     shown = [grays(source.visual(row)) for row in range(4)]
     for i, frames in enumerate(shown):
@@ -1217,12 +1217,18 @@ def test_crops_are_found_in_each_archives_folders(tmp_path):
             (tmp_path / place).mkdir(parents=True, exist_ok=True)
             (tmp_path / "cropped_aligned" / video).rename(tmp_path / place / video)
     source = data.open_dataset("affwild2", tmp_path, image_size=16)
-    assert source.folders == {video: tmp_path / place / video for video, place in places.items()}
+    folders = {video: folder for video, (folder, _) in zip(source.video, source.images, strict=True)}
+    assert folders == {video: tmp_path / place / video for video, place in places.items()}
     assert [grays(source.visual(row))[-1] for row in range(10)] == [32, 40] * 5 and not source.check()
     jpg(tmp_path / "cropped_aligned" / "e" / "00001.jpg", 1)
     with pytest.raises(UserError, match="same video as") as error:
         data.open_dataset("affwild2", tmp_path)
     only_line(error, "e")
+
+
+def ends_of(source):
+    """The last frame of each clip of Affwild2."""
+    return np.array([int(name.rpartition("/")[2]) for name in source.name])
 
 
 @pytest.mark.parametrize("lines, rate", [
@@ -1243,8 +1249,9 @@ def test_a_line_of_fps_txt_names_a_video_or_is_an_error(tmp_path, lines, rate):
             data.open_dataset("affwild2", tmp_path)
         return only_line(error, "fps.txt")
     source = data.open_dataset("affwild2", tmp_path)
-    named = [v for v in ("one", "duo_left", "duo_right") if v[:3] in str(lines)]
-    assert {v: source.rate(v) for v in named} == dict.fromkeys(named, rate) and source.rate("none") == 30
+    assert {*source.video} == {"one", "duo_left", "duo_right"}
+    for video, end, (_, seconds) in zip(source.video, ends_of(source), source.signals, strict=True):
+        assert seconds == end / (rate if video[:3] in str(lines) else 30)
 
 
 @pytest.mark.parametrize("frames, present", [
@@ -1258,8 +1265,8 @@ def test_each_valid_frame_is_predicted_once_by_the_nearest_clip(tmp_path, frames
     source = data.open_dataset("affwild2", tmp_path, image_size=16)
     begins = [b for b in dict.fromkeys([*range(0, frames - 31, 32), frames - 32])  # clips tile, the last aligned
               if any(b < i <= b + 32 for i in present)]  # without any image: dropped
-    own = source.video == "one"
-    assert (source.end[own] - 32).tolist() == begins
+    own, end = source.video == "one", ends_of(source)
+    assert (end[own] - 32).tolist() == begins
     expected = np.where((label == -5).any(1)[:, None], np.nan, label)[np.add(begins, 31)]
     np.testing.assert_array_equal(source.label[own], expected.astype("f4"))  # its last frame's
     frame_row = [r for r in source.frame_row.tolist() if own[r]]
@@ -1267,10 +1274,10 @@ def test_each_valid_frame_is_predicted_once_by_the_nearest_clip(tmp_path, frames
     assert source.frame_label[own[source.frame_row]].tolist() == label[valid].astype("f4").tolist()
     for t, row in zip(valid, frame_row, strict=True):
         gap = [max(b - t, t - b - 31, 0) for b in begins]
-        chosen = begins.index(source.end[row] - 32)
+        chosen = begins.index(end[row] - 32)
         assert gap[chosen] == min(gap) and (gap[chosen] > 0 or chosen == gap.index(0))
     for row in np.flatnonzero(own):  # 8 images, every 4th up to the labelled one; a missing one repeats the nearest
-        begin, shown = source.end[row] - 32, grays(source.visual(row))
+        begin, shown = end[row] - 32, grays(source.visual(row))
         inside = [i for i in present if begin < i <= begin + 32]
         for wanted, i in zip(range(begin + 4, begin + 33, 4), shown, strict=True):
             assert i in inside and abs(i - wanted) == min(abs(j - wanted) for j in inside)
@@ -1281,7 +1288,7 @@ def test_left_and_right_share_sound_and_group_and_row_counts_may_be_off_by_two(t
     affwild2(tmp_path, "duo_right", 70, present=range(1, 69))  # two rows more than images
     source = data.open_dataset("affwild2", tmp_path)
     assert set(source.group) == {"duo"} and set(source.video) == {"duo_left", "duo_right"} and len(source.label) == 6
-    assert {source.wav(video) for video in source.video} == {tmp_path / "audio" / "duo.wav"}
+    assert {wav for wav, _ in source.signals} == {tmp_path / "audio" / "duo.wav"}
     assert max(name for _, names in source.images for name in names) == "00070.jpg"
 
 
@@ -1446,8 +1453,8 @@ def test_a_click_at_a_frame_lights_its_column_of_its_clip(tmp_path, fps, rate):
     (tmp_path / "fps.txt").write_text(f"one {fps}\n\n")
     source = data.open_dataset("affwild2", tmp_path)
     loud = [source.privileged(row)[0].max(0).values for row in range(4)]
-    assert [(x.max() > -20).item() for x in loud] == [e - 32 < frame <= e for e in source.end]
-    begin = source.end[2] - 32
+    assert [(x.max() > -20).item() for x in loud] == [e - 32 < frame <= e for e in ends_of(source)]
+    begin = ends_of(source)[2] - 32
     assert begin == 64 and abs(loud[2].argmax().item() - 100 * (at - ((begin + 32) / fps - 47040 / 44100))) <= 1
 
 
@@ -1878,12 +1885,20 @@ class Broken(SimpleNamespace):
 
 
 def from_worker(act):
-    samples = data.Samples(Broken(act=act), "visual", torch.zeros(1, 1, dtype=torch.long))
-    batches = iter(torch.utils.data.DataLoader(samples, num_workers=1))
+    args = SimpleNamespace(workers=1, device=torch.device("cpu"))
+    batches = iter(train_teacher.clip_loader(Broken(act=act), "visual", torch.zeros(1, 1), torch.zeros(1, 1).long(), args))
     try:
         next(batches)
     finally:
         batches._shutdown_workers()  # now, not when the exception is collected
+
+
+def test_a_worker_reads_clips_into_shared_memory(monkeypatch):
+    """A full one is then an error of the worker's; in the thread that hands a batch on it would be a hang."""
+    for worker in (False, True):
+        monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda worker=worker: worker or None)
+        clips = data.read_windows(lambda row: torch.full((3,), row), [[1, 2], [5, 0]])
+        assert clips[..., 2].tolist() == [[1, 2], [5, 0]] and clips.shape == (2, 2, 3) and clips.is_shared() == worker
 
 
 def refuse(error):
@@ -1955,9 +1970,9 @@ def test_stand_in_of_biovid_is_read_by_the_real_loader_and_covers_the_awkward_ca
     root = tmp_path / "s"
     data.write_stand_in("biovid_b", root)
     source = data.open_dataset("biovid_b", root, classes=5, image_size=16)
-    assert (root / "SYNTHETIC").is_file() and len(set(source.group)) == 5 and len(source.samples) == 25
-    assert {len(csv.read_text().splitlines()) - 1 for _, csv, _ in source.samples} == {2816, 2817}
-    images = [sorted(p.name for p in folder.iterdir()) for folder, _, _ in source.samples]
+    assert (root / "SYNTHETIC").is_file() and len(set(source.group)) == 5 and len(source.images) == 25
+    assert {len(csv.read_text().splitlines()) - 1 for csv, *_ in source.signals} == {2816, 2817}
+    images = [sorted(p.name for p in folder.iterdir()) for folder in source.folders()]
     assert len({len(i) for i in images}) > 1 and not list(source.faults)
     assert source.visual(0).shape == (3, 10, 16, 16) and torch.isfinite(source.privileged(0)).all()
     before = (root / "SYNTHETIC").stat().st_mtime_ns
@@ -1991,7 +2006,8 @@ def test_stand_in_of_affwild2_covers_the_awkward_cases(tmp_path, monkeypatch):
     source = data.open_dataset("affwild2", tmp_path / "s")
     assert json.loads((tmp_path / "s" / "SYNTHETIC").read_text())["dataset"] == "affwild2"
     assert {"video3_left", "video3_right"} <= set(source.video) and set(source.split) == {"train", "test"}
-    assert set(source.fps.values()) == {25} and not all(keep.all() for keep in shown.values())
+    rates = {video: end / seconds for video, end, (_, seconds) in zip(source.video, ends_of(source), source.signals, strict=True)}
+    assert {video for video, rate in rates.items() if rate == 25} == {"video5"} and not all(keep.all() for keep in shown.values())
     rows = {p.stem: data.read_annotation(p) for p in (tmp_path / "s").rglob("*_Set/*.txt")}
     assert {len(rows[v]) - len(keep) for v, keep in shown.items()} == {-1, 0, 1}
     assert all(np.isnan(label).any() and not np.isnan(label).all() for label in rows.values())

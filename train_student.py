@@ -432,7 +432,7 @@ def samples_of(source, windows):
 def class_names(settings):
     """BL1, PA1 ... of BioVid; other classes have numbers."""
     outputs, biovid = settings["outputs"], settings["dataset"] in data.BioVid.COLUMN
-    return data.BioVid.levels(outputs) if biovid else range(outputs)
+    return data.BioVid.LEVELS[outputs] if biovid else range(outputs)
 
 
 def predict(args):

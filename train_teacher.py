@@ -21,6 +21,7 @@ import time
 import warnings
 import zipfile
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 import data
 import models
-from data import DATASETS, Parser, Samples, UserError, fold_windows
+from data import DATASETS, Parser, UserError, fold_windows
 from pkdot import scores, task_loss
 
 SAVE_EVERY = 30  # seconds between two files to resume from: an epoch on features is shorter
@@ -265,7 +266,8 @@ def fingerprint(arrays):
 def clip_loader(source, modality, index, batches, args):
     """Clips (B, L, ...) of the windows index (S, L), for each of `batches`, tensors of numbers of
     windows. Files are decoded in worker processes."""
-    return DataLoader(Samples(source, modality, index), batch_sampler=[b.tolist() for b in batches],
+    return DataLoader([index[batch].tolist() for batch in batches], batch_size=None,
+                      collate_fn=partial(data.read_windows, getattr(source, modality)),
                       num_workers=0 if isinstance(source, data.Features) else args.workers,
                       pin_memory=args.device.type == "cuda")
 
