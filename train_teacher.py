@@ -256,7 +256,7 @@ def start_log(run, settings):
 
 
 def fingerprint(arrays):
-    """12 hex digits that identify a dict of arrays, of tensors on the CPU (`snapshot`) or of bytes."""
+    """12 hex digits that identify a dict of arrays, tensors on the CPU (`snapshot`) or bytes."""
     digest = hashlib.sha256()
     for key, value in arrays.items():
         digest.update(key.encode() + np.asarray(value).tobytes())
