@@ -58,8 +58,7 @@ AFFWILD2 = ("Affwild2 is licence-gated, on request from "
             "https://ibug.doc.ic.ac.uk/resources/aff-wild2/; --synthetic runs without it")
 FEATURES = ("expected a features file (.npz): float32 visual (N, L, Dv) and privileged (N, L, Dp); "
             "label int (N,), -1 for none, or float (N, 2) or (N, L, 2), -5 for none; group, name, "
-            "split and video text, .astype(str), or whole numbers (N,); one in a run's folder may "
-            "be deleted, it is made again")
+            "split and video text, .astype(str), or whole numbers (N,)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -145,7 +144,8 @@ def fold_windows(source, fold, dense=False, folds="subjects", labelled=None):
 
     A training window without a label stays: it is a pair of modalities. labelled=N hides all
     training labels but those of N samples (tiles), the same ones whatever the seed; folds: see
-    `parts`. Raises UserError where a part has no label, or N of them cannot be had.
+    `parts`. Raises UserError where training lacks a class, a part has no label, or N of them cannot
+    be had.
     """
     part = parts(source, fold, folds)
     label = source.label
@@ -159,6 +159,10 @@ def fold_windows(source, fold, dense=False, folds="subjects", labelled=None):
         if not samples[-1].labelled.any():
             raise UserError(f"{source.path}: no sample with a label in the {name} part of this "
                             "fold; give labels, or take another fold")
+    for number in range(source.outputs) if source.task == "classification" else ():
+        if number not in samples[0].label:
+            raise UserError(f"{source.path}: no training sample of class {number} of 0 to "
+                            f"{source.outputs - 1}; add some, or take fewer with --classes")
     return Fold(*samples)
 
 
@@ -747,8 +751,9 @@ class Features:
         needed = {"visual": True, "privileged": privileged, "label": labelled}
         arrays = read_arrays(path, needed)
         if strays := sorted(arrays.keys() - self.KEYS):  # a group that is misspelt would be a leak
-            raise UserError(f"{path}: holds {strays[0]}, which nothing reads; rename it to one of "
-                            f"{', '.join(sorted(self.KEYS))}, or leave it out")
+            raise UserError(f"{path}: holds {strays[0]}, which nothing reads; rename it (a subject "
+                            "is a group) or leave it out: visual, privileged, label, group, split "
+                            "and name are read")
         count, clips = (*arrays["visual"].shape, 0, 0)[:2]
         for key in ("visual", "privileged") if privileged else ("visual",):
             array = self._expect(arrays, key, "f", (count, clips, *arrays[key].shape[-1:]))
@@ -763,10 +768,10 @@ class Features:
     def _expect(self, arrays, key, kinds, *shapes):
         """An array of these kinds and one of these shapes, not empty, and finite as float32."""
         array = arrays[key]
-        if not (array.dtype.kind in kinds and array.shape in shapes and array.size > 0
-                and ("U" in kinds or float(np.abs(array).max()) < 3e38)):
-            raise UserError(f"{self.path}: {key} is {array.dtype} {array.shape}, or holds NaN or "
-                            f"infinity; {FEATURES}")
+        if array.dtype.kind not in kinds or array.shape not in shapes or not array.size:
+            raise UserError(f"{self.path}: {key} is {array.dtype} {array.shape}; {FEATURES}")
+        if "U" not in kinds and not float(np.abs(array).max()) < 3e38:
+            raise UserError(f"{self.path}: {key} holds NaN or infinity; {FEATURES}")
         return array
 
     def _read_names(self, arrays, count, clips):
@@ -783,9 +788,10 @@ class Features:
         if self.split is None:
             return
 
-        if not set(self.split) <= {"train", "test"}:
-            raise UserError(f"{self.path}: split holds {str(set(self.split))[:60]}; expected train "
-                            "and test")
+        found = {*self.split.tolist()}
+        if not found <= {"train", "test"}:
+            raise UserError(f"{self.path}: split holds {str(found)[:60]}; expected train and test "
+                            "(validation is taken from train)")
         both = np.intersect1d(*(self.group[self.split == part] for part in ("train", "test")))
         if len(both) and not self.backbones:  # stage 2's is the split that the data set came with
             raise UserError(f"{self.path}: group {both[0]} is in both splits; give it to one")
@@ -837,17 +843,17 @@ class Features:
 def read_arrays(path, needed):
     """The arrays of an .npz file but those that are not needed; nothing pickled is ever opened."""
     arrays = {}
-    key = "file"
+    fault = "no .npz, or cut short"
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; {FEATURES}")
     try:
         with np.load(path, allow_pickle=False) as file:
             for key in sorted({*needed, *file.files}):
+                fault = f"{key!r} is missing, damaged or of Python objects"
                 if needed.get(key, True):
                     arrays[key] = file[key]
     except Exception:  # zip, zlib, numpy's header parser: each has errors of its own
-        raise UserError(f"{path}: {key!r} is missing, damaged, or of Python objects: then write it "
-                        f"with .astype(str), or .astype(np.float32); {FEATURES}") from None
+        raise UserError(f"{path}: {fault}; {FEATURES}") from None
     return arrays
 
 

@@ -1772,11 +1772,11 @@ NAN = np.full((6, 2, 3), np.nan, np.float32)
 
 
 @pytest.mark.parametrize("changes, names", [
-    (dict(visual=NAN), "visual is .* NaN"), (dict(privileged=NAN), "privileged is .* NaN"),
+    (dict(visual=NAN), "visual holds NaN"), (dict(privileged=NAN), "privileged holds NaN"),
     (dict(visual=None), "'visual'"), (dict(privileged=None), "'privileged'"), (dict(label=None), "'label'"),
     (dict(visual=np.zeros((6, 3))), r"visual is float64 \(6, 3\)"),
     (dict(visual=np.zeros((6, 2, 3), int)), "visual is int64"),
-    (dict(privileged=np.zeros((5, 2, 3))), r"privileged is float64 \(5, 2, 3\)"), (dict(label=NAN[..., :2]), "NaN"),
+    (dict(privileged=np.zeros((5, 2, 3))), r"privileged is float64 \(5, 2, 3\)"), (dict(label=NAN[..., :2]), "label holds NaN"),
     (dict(label=np.zeros(5, int)), r"label is int64 \(5,\)"), (dict(label=np.zeros(6, int)), r"are \[0\]"),
     (dict(label=np.arange(6) - 2), r"are \[-2, 0"), (dict(label=np.arange(6) * 2), r"are \[0, 2, 4"),
     (dict(label=np.full(6, -1)), r"are \[\]"), (dict(label=np.arange(6) * 2**60), r"are \[0, 11"),
@@ -3638,8 +3638,16 @@ def test_a_class_without_a_sample_is_refused_before_training(stand_in, tmp_path,
         shutil.rmtree(folder)
     assert call(train_teacher, f"--dataset biovid_b --root {tmp_path}/pain --device cpu --out {tmp_path}/out") == 2
     shown = capsys.readouterr()
-    assert re.fullmatch(f"error: {tmp_path}/pain: no sample of class 1 of 0 to 1; .*\n", shown.err)
+    assert re.fullmatch(f"error: {tmp_path}/pain: no training sample of class 1 of 0 to 1; .*\n", shown.err)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_class_that_only_the_test_part_has_is_refused(two_views, tmp_path, capsys):
+    arrays = dict(np.load(two_views))
+    arrays["split"] = np.where((arrays["label"] == 3) | (np.arange(240) % 4 == 0), "test", "train")
+    np.savez(tmp_path / "f.npz", **arrays)
+    assert call(train_teacher, f"--dataset features --root {tmp_path}/f.npz --device cpu --out {tmp_path}/out") == 2
+    assert "no training sample of class 3 of 0 to 3" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_two_videos_of_one_name_are_refused(tmp_path, monkeypatch, capsys, cv2):

@@ -233,7 +233,8 @@ def load(path, kind, wanted=None):
         old, new = there.get(key), wanted.get(key)
         if old != new:
             raise UserError(f"{path} was trained with {key} {old}, not {new}; "
-                            "use the same flags, or another --out, or delete its folder")
+                            "use the same flags and unchanged data, or another --out, or delete "
+                            "its folder")
     return state
 
 
@@ -451,10 +452,6 @@ def make_settings(dataset, root=None, synthetic=False, **given):
     if dataset == "features":
         for modality, rows in source.rows.items():
             settings[f"{modality}_dim"] = rows.shape[1]
-    for number in range(source.outputs) if source.task == "classification" else ():
-        if number not in source.label:
-            raise UserError(f"{root}: no sample of class {number} of 0 to {source.outputs - 1}; "
-                            "add some, or take fewer with --classes")
     settings["data"] = digest(source)
     return settings, source
 
@@ -719,7 +716,11 @@ def backbone_weights(state):
 def open_features(folder, settings, device):
     """Stage 2's features file, with windows as long as the run's samples, its rows on the device:
     from there on a batch of windows is rows picked by index, not copied."""
-    features = data.Features(folder / "features.npz", settings["length"])
+    try:
+        features = data.Features(folder / "features.npz", settings["length"])
+    except UserError as error:
+        raise UserError(f"{error}; this one is the run's own: delete it, and train_teacher.py with "
+                        "the same flags makes it again") from None
     features.rows = {modality: rows.to(device) for modality, rows in features.rows.items()}
     return features
 
