@@ -114,6 +114,20 @@ class Inception(nn.Module):
         return torch.cat(branches, 1)
 
 
+INCEPTION = """
+    Mixed_3b          192   64   96  128   16   32   32
+    Mixed_3c          256  128  128  192   32   96   64
+    MaxPool3d_4a_3x3    3
+    Mixed_4b          480  192   96  208   16   48   64
+    Mixed_4c          512  160  112  224   24   64   64
+    Mixed_4d          512  128  128  256   24   64   64
+    Mixed_4e          512  112  144  288   32   64   64
+    Mixed_4f          528  256  160  320   32  128  128
+    MaxPool3d_5a_2x2    2
+    Mixed_5b          832  256  160  320   32  128  128
+    Mixed_5c          832  384  192  384   48  128  128"""  # a pool's window, or Inception's sizes
+
+
 class I3D(VideoBackbone):
     """Inception-v1 inflated to 3D (Carreira and Zisserman 2017) and Linear(1024, 512); Table III.
 
@@ -129,17 +143,11 @@ class I3D(VideoBackbone):
         self.Conv3d_2b_1x1 = Unit3D(64, 64)
         self.Conv3d_2c_3x3 = Unit3D(64, 192, 3)
         self.MaxPool3d_3a_3x3 = MaxPool3dSame((1, 3, 3), (1, 2, 2))
-        self.Mixed_3b = Inception(192, 64, 96, 128, 16, 32, 32)
-        self.Mixed_3c = Inception(256, 128, 128, 192, 32, 96, 64)
-        self.MaxPool3d_4a_3x3 = MaxPool3dSame((3, 3, 3), (2, 2, 2))
-        self.Mixed_4b = Inception(480, 192, 96, 208, 16, 48, 64)
-        self.Mixed_4c = Inception(512, 160, 112, 224, 24, 64, 64)
-        self.Mixed_4d = Inception(512, 128, 128, 256, 24, 64, 64)
-        self.Mixed_4e = Inception(512, 112, 144, 288, 32, 64, 64)
-        self.Mixed_4f = Inception(528, 256, 160, 320, 32, 128, 128)
-        self.MaxPool3d_5a_2x2 = MaxPool3dSame((2, 2, 2), (2, 2, 2))
-        self.Mixed_5b = Inception(832, 256, 160, 320, 32, 128, 128)
-        self.Mixed_5c = Inception(832, 384, 192, 384, 48, 128, 128)
+        for line in INCEPTION.strip().splitlines():
+            name, *numbers = line.split()
+            sizes = list(map(int, numbers))
+            mixed = name.startswith("Mixed")
+            self.add_module(name, Inception(*sizes) if mixed else MaxPool3dSame(3 * sizes, 3 * [2]))
         self.pool, self.flatten = nn.AdaptiveAvgPool3d(1), nn.Flatten()  # (N, 1024)
         self.projection = nn.Linear(1024, D)
 

@@ -3244,7 +3244,7 @@ def test_only_lines_with_the_same_settings_count():
 def test_every_table_and_figure_prints_without_a_single_run(name):
     table = {**train_student.TABLES, **train_student.FIGURES}[name]
     lines = train_student.format_table(table, cells_of(table), train_student.parse([])).splitlines()
-    ours = [row for row in table.rows if row.ours is not None]
+    ours = [row for row in table.rows if row.flags is not None]
     assert lines[0] == f"**{table.title}**" and len(lines) >= len(table.rows) + 2
     assert sum("not run" in row for row in lines) == len(ours)
     assert sum("n/a" in row for row in lines) == (name == "2")  # KL has no valence and arousal

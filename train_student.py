@@ -19,7 +19,7 @@ import os
 import statistics
 import sys
 import time
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from itertools import product, starmap
 from pathlib import Path
 from typing import NamedTuple
@@ -468,7 +468,7 @@ class Column(NamedTuple):
     name: str
     dataset: str
     metric: str
-    change: dict = {}  # of the command's flags, in all cells below
+    flags: str = ""  # of all cells below
     series: str = ""  # of a figure: which of its lines
 
     @property
@@ -486,7 +486,7 @@ class Column(NamedTuple):
 
 class Row(NamedTuple):
     label: str
-    ours: dict | None  # what it changes of the command's flags; None: others' work, not run
+    flags: str | None  # of its student; None: others' work, not run
     paper: dict = {}  # the numbers as the paper prints them, by column
 
 
@@ -501,7 +501,7 @@ class Cell(NamedTuple):
     """A row of a table in one of its columns."""
     row: Row
     column: Column
-    flags: Namespace  # the command's, with what column and row change
+    flags: Namespace  # the command's, with the column's and the row's
     runs: dict  # {(fold, seed): results line}; a bound has a run a fold, of seed None
 
     @property
@@ -520,28 +520,16 @@ TABLE_I = {
     "affwild2": "Affwild2: visual (strong, prevalent) + audio (weak, privileged), WES",
     "features": "features file: visual (prevalent) + privileged"}
 
-# What stands beside the paper's number in a row, by the flags that it changes. Others' work is not
-# run.
-OURS = {
-    "Visual only (lower bound)": {"role": "visual"},
-    "none (lambda 0)": {"method": "none"},
-    "Cosine similarity [10]": {"method": "cosine"},
-    "MSE [8]": {"method": "mse"},
-    "KL [8]": {"method": "kl"},
-    "RKD [31]": {"method": "rkd"},
-    "PKDOT": {},
-    "PKDOT, shared anchors": {"shared": True},
-    "Multimodal (upper bound)": {"role": "multimodal"}}
 
-
-def printed(title, columns, text):
-    """A table as the paper prints it; a row without numbers is not in the paper."""
+def table_of(title, columns, text, reference=None):
+    """A table of lines "label | flags | the paper's number in each column". A line without numbers
+    is not in the paper; one with "-" for flags is others' work, and not run."""
     rows = []
     for line in text.strip().splitlines():
-        label, *numbers = (cell.strip() for cell in line.split("|"))
+        label, flags, *numbers = map(str.strip, line.split("|"))
         paper = dict(zip((column.heading for column in columns), numbers, strict=False))
-        rows.append(Row(label, OURS.get(label), paper))
-    return Table(title, columns, rows)
+        rows.append(Row(label, None if flags == "-" else flags, paper))
+    return Table(title, columns, rows, reference)
 
 
 BIOVID_A = Column("BioVid (A) accuracy", "biovid_a", "accuracy")
@@ -550,83 +538,92 @@ VALENCE = Column("Affwild2 valence", "affwild2", "valence")
 AROUSAL = Column("Affwild2 arousal", "affwild2", "arousal")
 COLUMNS = [BIOVID_B, VALENCE, AROUSAL]  # Table II's
 TABLES = {
-    "2": printed("Table II: privileged KD methods", COLUMNS, """
-        Cosine similarity [10]    | 75.40 | 0.37 | 0.53
-        MSE [8]                   | N/A   | 0.39 | 0.53
-        KL [8]                    | 75.80 | N/A  | N/A
-        PKDOT                     | 78.76 | 0.43 | 0.56
-        PKDOT, shared anchors
-        RKD [31]
-        none (lambda 0)
-        Visual only (lower bound)
-        Multimodal (upper bound)"""),
-    "3": printed("Table III: visual-only methods, Affwild2 validation set", [VALENCE, AROUSAL], """
-        ResNet-50 [44]            | 0.31 | 0.17
-        SENet-50 [45]             | 0.28 | 0.34
-        MobileNet [46]            | 0.28 | 0.44
-        RegNet + GRU [47]         | 0.43 | 0.57
-        ResNeXt + SENet [48]      | 0.51 | 0.48
-        Visual only (lower bound) | 0.41 | 0.51
-        none (lambda 0)
-        PKDOT                     | 0.43 | 0.56
-        Multimodal (upper bound)  | 0.67 | 0.59"""),
-    "4": printed("Table IV: visual-only methods, BioVid (A)", [
+    "2": table_of("Table II: privileged KD methods", COLUMNS, """
+        Cosine similarity [10]    | --method cosine    | 75.40 | 0.37 | 0.53
+        MSE [8]                   | --method mse       | N/A   | 0.39 | 0.53
+        KL [8]                    | --method kl        | 75.80 | N/A  | N/A
+        PKDOT                     |                    | 78.76 | 0.43 | 0.56
+        PKDOT, shared anchors     | --shared-anchors
+        RKD [31]                  | --method rkd
+        none (lambda 0)           | --method none
+        Visual only (lower bound) | --role visual
+        Multimodal (upper bound)  | --role multimodal"""),
+    "3": table_of("Table III: visual-only methods, Affwild2 validation set", [VALENCE, AROUSAL], """
+        ResNet-50 [44]            | -                  | 0.31 | 0.17
+        SENet-50 [45]             | -                  | 0.28 | 0.34
+        MobileNet [46]            | -                  | 0.28 | 0.44
+        RegNet + GRU [47]         | -                  | 0.43 | 0.57
+        ResNeXt + SENet [48]      | -                  | 0.51 | 0.48
+        Visual only (lower bound) | --role visual      | 0.41 | 0.51
+        none (lambda 0)           | --method none
+        PKDOT                     |                    | 0.43 | 0.56
+        Multimodal (upper bound)  | --role multimodal  | 0.67 | 0.59"""),
+    "4": table_of("Table IV: visual-only methods, BioVid (A)", [
         BIOVID_A._replace(name="BL1 vs. PA4 accuracy"),
-        BIOVID_A._replace(name="5 classes accuracy", change={"classes": 5})], """
-        Sparse LSTM [19]          | 61.70 | 29.70
-        ViT [18]                  | 72.11 | NR
-        FAD + RF [49]             | 72.40 | 30.80
-        GNN [50]                  | 73.20 | NR
-        ViT [51]                  | 73.28 | 31.52
-        ResNet-18 [52]            | NR    | 36.60
-        Visual only (lower bound) | 72.10 | 30.38
-        none (lambda 0)
-        PKDOT                     | 74.55 | 33.65
-        Multimodal (upper bound)  | 83.50 | 36.40"""),
-    "5": printed("Table V: visual-only methods, BioVid (B)", [BIOVID_B], """
-        Handcrafted + RF [22]     | 72.70
-        Visual only (lower bound) | 74.10
-        none (lambda 0)
-        PKDOT                     | 78.76
-        Multimodal (upper bound)  | 81.30"""),
-    "choices": Table("Choices that the paper leaves open (not in the paper)", COLUMNS,
-                     list(starmap(Row, {
-        "PKDOT": {},
-        "anchors shared by the batch": {"shared": True},
-        "anchors shared, random": {"shared": True, "anchors": "random"},
-        "anchors: most similar": {"anchors": "similar"},
-        "anchors: random": {"anchors": "random"},
-        "no transport: row i with row i": {"transport": False},
-        "not debiased (Eq. 5)": {"debias": False},
-        "T-Net's output zero": {"hallucinate": "zero"},
-        "true privileged features (no student)": {"hallucinate": "oracle"},
-        "backbone frozen": {"finetune": False},
-        "backbone trained": {"finetune": True},
-        **{f"lambda {x:g}": {"lambdas": [x]} for x in (0.1, 1.0, 4.0, 10.0)},
-        "epoch chosen on the test fold": {"select": "test"},
-        "folds over clips": {"folds": "clips"},
-        "the release's lambda and epsilon": {"lambdas": [0.6], "epsilon": 0.01},
-        "the release's lambda, epsilon, epoch and folds": {
-            "lambdas": [0.6], "epsilon": 0.01, "select": "test", "folds": "clips"},
-        "none (lambda 0)": {"method": "none"},
-        "Visual only (lower bound)": {"role": "visual"},
-        "Multimodal (upper bound)": {"role": "multimodal"}}.items())))}
+        BIOVID_A._replace(name="5 classes accuracy", flags="--classes 5")], """
+        Sparse LSTM [19]          | -                  | 61.70 | 29.70
+        ViT [18]                  | -                  | 72.11 | NR
+        FAD + RF [49]             | -                  | 72.40 | 30.80
+        GNN [50]                  | -                  | 73.20 | NR
+        ViT [51]                  | -                  | 73.28 | 31.52
+        ResNet-18 [52]            | -                  | NR    | 36.60
+        Visual only (lower bound) | --role visual      | 72.10 | 30.38
+        none (lambda 0)           | --method none
+        PKDOT                     |                    | 74.55 | 33.65
+        Multimodal (upper bound)  | --role multimodal  | 83.50 | 36.40"""),
+    "5": table_of("Table V: visual-only methods, BioVid (B)", [BIOVID_B], """
+        Handcrafted + RF [22]     | -                  | 72.70
+        Visual only (lower bound) | --role visual      | 74.10
+        none (lambda 0)           | --method none
+        PKDOT                     |                    | 78.76
+        Multimodal (upper bound)  | --role multimodal  | 81.30"""),
+    "choices": table_of("Choices that the paper leaves open (not in the paper)", COLUMNS, """
+        PKDOT                                 |
+        anchors shared by the batch           | --shared-anchors
+        anchors shared, random                | --shared-anchors --anchors random
+        anchors: most similar                 | --anchors similar
+        anchors: random                       | --anchors random
+        no transport: row i with row i        | --no-transport
+        not debiased (Eq. 5)                  | --no-debias
+        T-Net's output zero                   | --hallucinate zero
+        true privileged features (no student) | --hallucinate oracle
+        backbone frozen                       | --no-finetune
+        backbone trained                      | --finetune
+        lambda 0.1                            | --lambda 0.1
+        lambda 1                              | --lambda 1
+        lambda 4                              | --lambda 4
+        lambda 10                             | --lambda 10
+        epoch chosen on the test fold         | --select test
+        folds over clips                      | --folds clips
+        the release's lambda and epsilon      | --lambda 0.6 --epsilon 0.01
+        the release's protocol       | --lambda 0.6 --epsilon 0.01 --select test --folds clips
+        none (lambda 0)                       | --method none
+        Visual only (lower bound)             | --role visual
+        Multimodal (upper bound)              | --role multimodal""")}
 FIGURES = {
-    "6": Table("Figure 6: batch size and number of anchors",
-               [BIOVID_B._replace(series=f"k = {k}", change={"k": k}) for k in (5, 15, 30)],
-               [Row(f"batch size {b}", {"batch_size": b}) for b in (32, 64, 128, 256)],
-               reference=("batch size 128", "k = 30")),  # the paper's
-    "7": Table("Figure 7: epsilon", COLUMNS,
-               [Row(f"epsilon {e:g}", {"epsilon": e}) for e in (0.001, 0.01, 0.1, 1.0, 10.0)],
-               reference=("epsilon 0.1", "")),  # the paper's
-    "labels": Table("Figure labels: number of labelled training samples (not in the paper)",
-                    [BIOVID_A._replace(series=name, change=OURS[row]) for name, row in {
-                        "none": "none (lambda 0)", "cosine": "Cosine similarity [10]",
-                        "KL": "KL [8]", "PKDOT": "PKDOT", "PKDOT shared": "PKDOT, shared anchors",
-                    }.items()],
-                    [*(Row(f"labels {n}", {"labelled": n}) for n in (20, 60, 200, 600)),
-                     Row("labels all", {"labelled": None})],
-                    reference=(None, "none"))}  # no distillation, of as many labels
+    "6": table_of("Figure 6: batch size and number of anchors", [
+        BIOVID_B._replace(series=f"k = {k}", flags=f"--k {k}") for k in (5, 15, 30)], """
+        batch size 32  | --batch-size 32
+        batch size 64  | --batch-size 64
+        batch size 128 | --batch-size 128
+        batch size 256 | --batch-size 256""", ("batch size 128", "k = 30")),  # the paper's
+    "7": table_of("Figure 7: epsilon", COLUMNS, """
+        epsilon 0.001 | --epsilon 0.001
+        epsilon 0.01  | --epsilon 0.01
+        epsilon 0.1   | --epsilon 0.1
+        epsilon 1     | --epsilon 1
+        epsilon 10    | --epsilon 10""", ("epsilon 0.1", "")),  # the paper's
+    "labels": table_of("Figure labels: number of labelled training samples (not in the paper)", [
+        BIOVID_A._replace(series="none", flags="--method none"),
+        BIOVID_A._replace(series="cosine", flags="--method cosine"),
+        BIOVID_A._replace(series="KL", flags="--method kl"),
+        BIOVID_A._replace(series="PKDOT"),
+        BIOVID_A._replace(series="PKDOT shared", flags="--shared-anchors")], """
+        labels 20  | --labelled 20
+        labels 60  | --labelled 60
+        labels 200 | --labelled 200
+        labels 600 | --labelled 600
+        labels all |""", (None, "none"))}  # no distillation, of as many labels
 
 
 def read_results(path):
@@ -648,7 +645,8 @@ def empty_cells(table, args):
     """{(row, column): Cell} of a table, by label and heading, none of them run."""
     cells = {}
     for row, column in product(table.rows, table.columns):
-        flags = with_flags(args, dataset=column.dataset, **column.change | (row.ours or {}))
+        line = f"{column.flags} {row.flags or ''}".split()
+        flags = parse(line, with_flags(args, dataset=column.dataset))  # added to the command's
         cells[row.label, column.heading] = Cell(row, column, flags, {})
     return cells
 
@@ -672,7 +670,7 @@ def fill(table, args):
 
     for cell in cells.values():
         row, _, flags, runs = cell
-        if row.ours is None or cell.undefined:
+        if row.flags is None or cell.undefined:
             continue
         for teacher in teachers_of(dataset=flags.dataset, classes=flags.classes,
                                    labelled=flags.labelled, folds=flags.folds):
@@ -813,7 +811,7 @@ def compared(table, cells, cell):
 def format_cell(cell, point):
     """Ours, and what it is over: "76.00 ± 5.89 (2 folds x 3 seeds)"."""
     row, column, _, runs = cell
-    if row.ours is None:
+    if row.flags is None:
         return ""
     if cell.undefined:
         return "n/a"
@@ -863,13 +861,14 @@ def is_synthetic(cells):
     return any(line["synthetic"] for line in lines_of(cells))
 
 
-def changed_flags(table, args):
+def changed_flags(cells, args):
     """What the command changes for all cells: ["k 10", "folds clips"]. What a figure varies, each
     of its cells sets."""
-    varied = table.columns[0].change | (table.rows[0].ours or {})
-    shown = {*CHOICES, "lambdas", "labelled", "folds"} - varied.keys()
-    return [f"{key} {vars(args)[key]}" for key, default in vars(parse([])).items()
-            if key in shown and vars(args)[key] != default]
+    first, *_ = cells.values()
+    here, given = vars(first.flags), vars(args)
+    return [f"{key} {here[key]}" for key, default in vars(parse([])).items()
+            if key in (*CHOICES, "lambdas", "labelled", "folds")
+            and here[key] == given[key] != default]
 
 
 def format_table(table, cells, args):
@@ -882,7 +881,7 @@ def format_table(table, cells, args):
         heads = sorted({line["fusion"] for line in lines if line["dataset"] == dataset})
         mixed = " (teachers of several heads: their cells do not compare)" * (len(heads) > 1)
         text.append(f"{TABLE_I[dataset]}, fusion {', '.join(heads) or '-'}{mixed}")
-    if changed := changed_flags(table, args):
+    if changed := changed_flags(cells, args):
         text.append(f"with {', '.join(changed)}")
 
     published = any(row.paper for row in rows)
@@ -923,7 +922,7 @@ def for_features(table, args):
     columns = [column._replace(name=f"{stem} {metric}", dataset="features", metric=metric)
                for metric in (["valence", "arousal"] if affect else ["accuracy"])
                for column in table.columns if column.name == table.columns[0].name]
-    rows = [row._replace(paper={}) for row in table.rows if row.ours is not None]
+    rows = [row._replace(paper={}) for row in table.rows if row.flags is not None]
     title = table.title.partition(",")[0]  # without the data set
     return table._replace(title=title, columns=columns, rows=rows)
 
@@ -1075,7 +1074,8 @@ def draw_matrices(S, label, names, plot):
     return figure
 
 
-def parse(argv=None):
+def parse(argv=None, namespace=None):
+    """The flags in argv; those that it leaves out are the namespace's, if there is one."""
     parser = Parser(__doc__)
     add = parser.add_argument
     count, number = at_least(1), at_least(0, float)
@@ -1096,7 +1096,8 @@ def parse(argv=None):
     add("--lr", type=number, default=1e-4, help="default 1e-4")
     add("--epochs", type=count,
         help=f"default {EPOCHS} (the release's); {STAND_IN_EPOCHS} on a stand-in")
-    add("--finetune", action="store_true", help="train the visual backbone too, from video")
+    add("--finetune", action=BooleanOptionalAction, default=False,
+        help="train the visual backbone too, from video")
     add("--chunk", type=count, metavar="C",
         help="--finetune: clips that pass the backbone at a time; less memory, the same gradient")
     add("--select", choices=("val", "test", "last"), default="val", help="what chooses the epoch: "
@@ -1115,10 +1116,16 @@ def parse(argv=None):
     add("--seeds", type=count, default=1, help="tables and figures: students a fold")
     add("--labelled", type=count, metavar="N", help="tables and figures: of the teachers")
     add("--folds", choices=("subjects", "clips"), help="tables and figures: of the teachers")
+    add("--classes", type=int, choices=(2, 5), help="tables and figures: of the teachers")
     add("--fresh", action="store_true", help="tables and figures: train the students again")
-    # what only a table changes
-    parser.set_defaults(transport=True, hallucinate="tnet", classes=None, role="student")
-    return parser.parse_args(argv)
+    # what the rows of a table use
+    add("--no-transport", dest="transport", action="store_false",
+        help="compare row i with row i, in the plan's place")
+    add("--hallucinate", choices=("tnet", "zero", "oracle"), default="tnet",
+        help="tables: what stands in for the privileged features; oracle: their true values")
+    add("--role", choices=("student", "visual", "multimodal"), default="student",
+        help="tables: the student, or one of its two bounds")
+    return parser.parse_args(argv, namespace)
 
 
 def main():
@@ -1145,9 +1152,9 @@ def main():
 
 
 def tabulate(args):
-    if args.method != "pkdot" or args.teacher:
-        raise UserError("--table and --figure choose methods and teachers: "
-                        "leave --method and --teacher out")
+    if args.method != "pkdot" or args.teacher or args.figure == "labels" and args.labelled:
+        raise UserError("--table and --figure choose methods and teachers, and --figure labels "
+                        "numbers of labels: leave --method, --teacher and --labelled out")
     args.fold = args.fold or ["all"]
     args.resume = True  # what is trained already stays
     if args.figure == "5":
@@ -1158,10 +1165,12 @@ def tabulate(args):
 
 def distil_folds(args):
     """The students that a command without --table asks for; of several folds each rank has some."""
-    if args.labelled or args.folds or args.seeds > 1 or args.fresh or args.student:
-        raise UserError("--labelled and --folds are a teacher's: give them to train_teacher.py; "
-                        "--seeds and --fresh are for --table and --figure, --student is for "
-                        "--predict; leave them out")
+    default = vars(parse([]))
+    others = "labelled", "folds", "classes", "seeds", "fresh", "hallucinate", "role", "student"
+    if any(vars(args)[key] != default[key] for key in others):
+        raise UserError("--labelled, --folds and --classes are a teacher's: give them to "
+                        "train_teacher.py; --seeds, --fresh, --hallucinate and --role are for "
+                        "--table and --figure, --student is for --predict; leave them out")
     paths = chosen_teachers(args)
     if args.finetune and len(paths) == 1:  # one that all ranks train together
         args = one_voice(args)
