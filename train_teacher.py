@@ -98,7 +98,8 @@ def autocast(args, enabled):
 
 def join_ranks(args):
     """Sets args.rank, args.world and the device; under torchrun, the ranks meet here."""
-    args.rank, args.world = RANK, 1
+    args.rank = RANK
+    args.world = 1
     if "RANK" in os.environ:  # a WORLD_SIZE alone may be a scheduler's
         missing = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
         if missing:
@@ -226,8 +227,6 @@ def load(path, kind, wanted=None):
         raise UserError(f"{path}: not a {kind} checkpoint as these scripts write it; "
                         "give another file or train it again")
     there = state["settings"]
-    if SETTINGS - there.keys():
-        raise UserError(f"{path}: written by another version of these scripts; train it again")
     wanted = wanted or there
     for key in dict.fromkeys(("root", "data", *wanted, *there)):
         old, new = there.get(key), wanted.get(key)
@@ -331,7 +330,8 @@ def log_videos(run, role, source, windows, output):
     if source.task == "classification":
         return
     prediction, label, row = data.scored(source, windows, output)
-    video, videos = source.video[row.numpy()], {}
+    video = source.video[row.numpy()]
+    videos = {}
     for name in np.unique(video):
         mask = torch.from_numpy(video == name)
         videos[str(name)] = scores(prediction[mask], label[mask])
@@ -417,9 +417,6 @@ DEFAULTS = {  # Table I, and what differs from COMMON
     "biovid_b": dict(fusion="mmt", length=1),
     "affwild2": dict(fusion="jca", length=8, visual_backbone="i3d", batch_size=8, fusion_lr=1e-3),
     "features": dict(fusion="concat", visual_backbone="mlp")}  # its own length
-SETTINGS = {  # of every checkpoint
-    "dataset", "root", "fold", "folds", "labelled", "task", "outputs", "length", "face_start",
-    "data"}
 STAND_IN = {  # few samples and a CPU: smaller images, smaller batches, more passes over less
     "biovid": dict(image_size=32, batch_size=16, backbone_epochs=4, fusion_epochs=200),
     "affwild2": dict(image_size=48, batch_size=4, lr=1e-4, backbone_epochs=10, fusion_epochs=20)}
@@ -516,8 +513,10 @@ def train_backbone(modality, source, fold, settings, args, folder):
 
     A backbone that is there, of the same settings and data, is taken as it is.
     """
-    path, progress = folder / f"{modality}.pt", folder / f"{modality}.progress"
-    settings, stage = stage_1(settings), int(modality == "privileged")
+    path = folder / f"{modality}.pt"
+    progress = path.with_suffix(".progress")
+    settings = stage_1(settings)
+    stage = int(modality == "privileged")
     seed_all(settings["seed"], stage)
     backbone = make_backbone(modality, settings)
     model = models.Unimodal(backbone, settings["outputs"], settings["task"] == "regression")
@@ -527,7 +526,7 @@ def train_backbone(modality, source, fold, settings, args, folder):
         model.load_state_dict(state["model"])
         return model.to(args.device)
 
-    train, val = fold.train.take(fold.train.labelled), fold.val
+    train = fold.train.take(fold.train.labelled)
     if modality == "visual" and settings["weights"]:
         load_public_weights(backbone, settings["weights"])
     if backbone.fitted:
@@ -537,7 +536,8 @@ def train_backbone(modality, source, fold, settings, args, folder):
     model.to(args.device)
     optimizer, first, best = start_or_resume(
         model, settings["lr"], progress, settings, args.resume)
-    ranks, label = spread(model, args), train.label.to(args.device)
+    ranks = spread(model, args)
+    label = train.label.to(args.device)
     checkpoint = dict(kind=modality, settings=settings)
     for epoch in range(first, settings["backbone_epochs"]):
         start = time.time()
@@ -566,7 +566,8 @@ def train_backbone(modality, source, fold, settings, args, folder):
         model.eval()
         for buffer in model.buffers() if args.world > 1 else ():
             dist.broadcast(buffer, 0)  # all ranks take the first one's batch norm
-        found = score(source, val, clip_answers(model, source, modality, val.index, settings, args))
+        output = clip_answers(model, source, modality, fold.val.index, settings, args)
+        found = score(source, fold.val, output)
         best = better(best, criterion(found), epoch, model)
 
         if args.rank > 0:
@@ -625,7 +626,8 @@ def extract_features(single, weights, source, settings, args, path):
     """Stage 2, first half: both frozen backbones over every clip once -> the features file."""
     # a sample of BioVid is a row of the file; Affwild2's windows overlap, and are cut by index
     length = 1 if settings["dataset"] == "affwild2" else source.length
-    every, arrays = torch.arange(len(source.label))[:, None], {}
+    every = torch.arange(len(source.label))[:, None]
+    arrays = {}
     for modality, model in single.items():
         rows = clip_answers(model.backbone, source, modality, every, settings, args)  # (R, 1, 512)
         arrays[modality] = rows.reshape(-1, length, models.D)
@@ -730,7 +732,8 @@ def train_teacher(settings, source, args):
     by role, or None in the ranks that only helped with stage 1."""
     start = time.time()
     run = run_folder(settings, args.out)
-    folder, path = stage_1_folder(run, settings), run / "teacher.pt"
+    folder = stage_1_folder(run, settings)
+    path = run / "teacher.pt"
     old = load(path, "teacher", settings) if path.exists() else None
     fold = fold_of(source, settings)
     if args.rank == 0:
@@ -780,19 +783,18 @@ def train_teacher(settings, source, args):
 
 
 def result_line(settings, role, found, seconds, **more):
-    keys = ("dataset", "synthetic", "fold", "folds", "labelled", "fusion", "seed", "length",
-            "visual_backbone", "image_size")
-    metrics = dict(found)
-    count = metrics.pop("n")
+    """A line of results.jsonl: the teacher's settings, and what a student chose over them."""
     classes = settings["outputs"] if settings["task"] == "classification" else "va"
-    return {"role": role, "classes": classes, **{k: settings[k] for k in keys}, **metrics,
-            "n_test": count, "seconds": round(seconds, 1), "torch": str(torch.__version__),
-            **more}
+    metrics = dict(found)
+    return {**settings, "role": role, "classes": classes, "n_test": metrics.pop("n"), **metrics,
+            "seconds": round(seconds, 1), "torch": torch.__version__, **more}
 
 
 def parse(argv=None):
     parser = Parser(__doc__)
-    add, count, number = parser.add_argument, at_least(1), at_least(0, float)
+    add = parser.add_argument
+    count = at_least(1)
+    number = at_least(0, float)
     add("--dataset", choices=DATASETS, default="biovid_b")
     add_common_flags(parser)
     add("--classes", type=int, choices=(2, 5), help="BioVid: BL1 and PA4, or all five; default 2")
@@ -839,7 +841,8 @@ def main():
 
     # several folds are dealt out to the ranks, one is trained by all of them together
     if len(folds) > 1:
-        folds, args = deal_out(folds, "folds", args), alone(args)
+        folds = deal_out(folds, "folds", args)
+        args = alone(args)
     else:
         args = one_voice(args)
     for fold in folds:
