@@ -48,7 +48,7 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms.functional import pil_to_tensor, resize
 from tqdm import tqdm
 
-DATASETS = ("biovid_b", "biovid_a", "affwild2", "features")
+DATASETS = "biovid_b biovid_a affwild2 features".split()
 NO_LABEL = math.nan  # valence/arousal without a label: here,
 INVALID = -5.0  # and in files
 SAMPLE = r"\d{6}_[mw]_\d\d-(BL1|PA[1-4])-\d{3}"  # BioVid's names: subject, level, number
@@ -252,7 +252,7 @@ def read_frames(folder, names, size):
             with (warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
                   Image.open(folder / name, formats=("JPEG", "PNG")) as file):
                 image = ImageOps.exif_transpose(file)
-            if image.mode not in ("RGB", "L", "P", "1", "CMYK") or "transparency" in image.info:
+            if image.mode not in "RGB L P 1 CMYK".split() or "transparency" in image.info:
                 raise ValueError(f"{image.mode} pixels; save it with 8 bits and without alpha")
             image = image.convert("RGB")
         except Exception as error:  # a damaged file makes Pillow raise any of a dozen kinds
@@ -357,7 +357,7 @@ class BioVid(Source):
         self.outputs = len(levels)
         faces = find_folder(self.path, "faces",
                             inside=f"<subject>/<sample>/img_00001.jpg; {BIOVID}")
-        folders = sorted(p for p in faces.glob("[!._]*/[!._]*") if p.is_dir())
+        folders = sorted(faces.glob("[!._]*/[!._]*/"))
         if privileged:
             signals = find_folder(self.path, "biosignals_filtered", "biosignals_raw",
                                   inside=f"<subject>/<sample>_bio.csv; {BIOVID}")
@@ -494,7 +494,7 @@ class Affwild2(Source):
         crops = self._find_crops()
         annotations = self._find_annotations()
         files = self._by_video(path for part in self.SPLIT
-                               for path in sorted((annotations / part).glob("[!.]*.txt")))
+                               for path in (annotations / part).glob("[!.]*.txt"))
         self.strays = [f"{folder}: crops without an annotation file in {annotations}; not used"
                        for video, folder in crops.items() if video not in files]
         fps = read_fps(self.path / "fps.txt", {*crops, *files})
@@ -532,26 +532,24 @@ class Affwild2(Source):
     def _find_crops(self):
         """{video: folder of its images}; there are several archives, of one level or two."""
         find_folder(self.path, "cropped_aligned", inside=f"<video>/00001.jpg; {AFFWILD2}")
-        paths = sorted(path for level in ("*", "batch*/*", "cropped_aligned*/*")
-                       for path in self.path.glob(f"cropped_aligned*/{level}"))
-        litter = re.compile(r"[._]|batch\d*$|cropped_aligned")
-        return self._by_video(path for path in paths
-                              if path.is_dir() and not litter.match(path.name))
+        return self._by_video(path for level in ("*/", "batch*/*/", "cropped_aligned*/*/")
+                              for path in self.path.glob(f"cropped_aligned*/{level}")
+                              if not re.match(r"[._]|batch\d*$|cropped_aligned", path.name))
 
     def _by_video(self, paths):
         """{video: its path}; any further path of a video is a fault."""
         found = {}
-        for path in paths:
+        for path in sorted(paths):
             first = found.setdefault(path.name.removesuffix(".txt"), path)
             if first != path:
                 self.faults.append(f"{path}: the same video as {first}; keep one")
         return found
 
     def _find_annotations(self):
-        sets = [path.parent for level in ("", "*/", "*/*/", "annotations/annotations/*/")
-                for name in ("VA_Estimation_Challenge", "VA_Set")
-                for path in sorted(self.path.glob(f"{level}{name}/Train_Set"))
-                if "__MACOSX" not in path.parts]
+        sets = sorted(path.parent for level in ("", "*/", "*/*/", "annotations/annotations/*/")
+                      for name in ("VA_Estimation_Challenge", "VA_Set")
+                      for path in self.path.glob(f"{level}{name}/Train_Set")
+                      if "__MACOSX" not in path.parts)
         if len(sets) != 1:
             raise UserError(f"{self.path / 'annotations'}: expected one edition of ABAW's "
                             "VA_Estimation_Challenge/Train_Set/<video>.txt in it, found "
@@ -680,7 +678,7 @@ def mel_filters():
     corners = 700 * (10 ** (mel / 2595) - 1)  # Hz
     f = np.linspace(0, top, 513)
     filters = [np.interp(f, corners, one_hot) for one_hot in np.eye(64 + 2)[1:-1]]
-    return torch.from_numpy(np.stack(filters)).float()
+    return torch.from_numpy(np.float32(filters))
 
 
 def log_mel(sound):
@@ -742,8 +740,7 @@ class Features:
 
     faults = ()
     split = None
-    KEYS = {"visual", "privileged", "label", "group", "split", "name", "video", "frame_label",
-            "frame_row", "backbones"}
+    KEYS = "visual privileged label group split name video frame_label frame_row backbones".split()
 
     def __init__(self, path, length=None, privileged=True, labelled=True):
         self.path = Path(path)
@@ -776,8 +773,8 @@ class Features:
 
     def _read_names(self, arrays, count, clips):
         """Sets group, name, video and split, (N * L,) each."""
-        arrays = dict.fromkeys(("group", "name", "video"), np.arange(count)) | arrays
-        for key in sorted({"group", "name", "split", "video"} & arrays.keys()):
+        arrays = dict.fromkeys(["group", "name", "video"], np.arange(count)) | arrays
+        for key in sorted(arrays.keys() & "group name split video".split()):
             setattr(self, key, self._expect(arrays, key, "Uiu", (count,)).repeat(clips))
         self.name = self.name.astype(str)
         if len(np.unique(self.name)) < count:  # an evaluation finds its samples by name
@@ -946,7 +943,7 @@ def draw_faces(identity, brow, eye, mouth, smile):
     def blob(cx, cy, rx, ry):
         return (4 * (1 - ((x - cx) / rx) ** 2 - ((y - cy) / ry) ** 2)).clip(0, 1)
 
-    width, height, apart, low, wide, *tone = identity
+    width, height, apart, low, wide = identity[:5]
     oval = blob(0, 0, 0.75 + 0.1 * width, 0.92 + 0.06 * height)
     curve = smile.clip(-1, 1) * 1.5 * (0.03 - x**2)  # raises the mouth's corners
     lips = blob(0, 0.45 + 0.05 * low + curve, 0.3 + 0.05 * wide, (0.1 + 0.09 * mouth).clip(0.03))
@@ -954,16 +951,15 @@ def draw_faces(identity, brow, eye, mouth, smile):
     eyes = blob(side, -0.22, 0.17, 0.07 + 0.045 * eye.clip(-1, 1))
     brows = 0.8 * blob(side, -0.52 + 0.03 * low + 0.1 * brow, 0.22, 0.06)
     dark = np.maximum(np.maximum(lips, eyes), brows)[..., None]  # (T, FACE, FACE, 1)
-    skin = np.array([205, 160, 130]) + 30 * np.array(tone)
+    skin = [205, 160, 130] + 30 * identity[5:]
     image = 70 + oval[..., None] * (skin - 70)
-    return (image * (1 - 0.75 * dark)).clip(0, 255).astype(np.uint8)
+    return (image * (1 - 0.75 * dark)).astype(np.uint8)  # never below 17 or above 235
 
 
-def write_jpegs(folder, pattern, faces, keep, scale=1):
+def write_jpegs(folder, prefix, faces, keep):
     folder.mkdir(parents=True)
     for i in np.flatnonzero(keep):
-        image = Image.fromarray(faces[i].repeat(scale, 0).repeat(scale, 1))
-        image.save(folder / pattern.format(i + 1), quality=90)
+        Image.fromarray(faces[i]).save(folder / f"{prefix}{i + 1:05d}.jpg", quality=90)
 
 
 def write_biovid(dataset, root, rng):
@@ -989,18 +985,18 @@ def write_biovid(dataset, root, rng):
                 lost = rng.integers(0, 110)
                 keep[lost:lost + rng.integers(1, 20)] = False
             faces = draw_faces(identity, shown, 0.6 - shown, shown - 0.3, 0 * shown)
-            write_jpegs(root / "faces" / subject / sample, "img_{:05d}.jpg", faces, keep)
+            write_jpegs(root / "faces" / subject / sample, "img_", faces, keep)
 
             rows = 2816 + n % 2
             t = np.arange(rows) / SIGNAL_RATE
             felt = (hidden + noise_p * rng.normal()) * (t / 1.5).clip(0, 1)
             tension = 3 * gain * np.exp(0.9 * felt)  # a muscle's noise has the power of its effort
-            noise = rng.normal(size=(rows, 4))
-            table = np.column_stack([t * 1e6, 5 + 0.5 * gain + 2.0 * felt + 0.01 * noise[:, 0],
-                                     np.exp(-(((t * 1.2) % 1 - 0.5) / 0.02) ** 2), 3 * noise[:, 1],
-                                     tension * noise[:, 2], tension * noise[:, 3]])
-            np.savetxt(signals / f"{sample}_bio.csv", table, ["%d"] + ["%.4f"] * 5, "\t",
-                       header=header, comments="")
+            skin, trapezius, corrugator, zygomaticus = rng.normal(size=(rows, 4)).T
+            table = np.column_stack([t * 1e6, 5 + 0.5 * gain + 2.0 * felt + 0.01 * skin,
+                                     np.exp(-((t * 1.2 % 1 - 0.5) / 0.02) ** 2), 3 * trapezius,
+                                     tension * corrugator, tension * zygomaticus])
+            np.savetxt(signals / f"{sample}_bio.csv", table, "%d" + 5 * "\t%.4f", header=header,
+                       comments="")
 
 
 def _wander(rng, frames):
@@ -1011,7 +1007,7 @@ def _wander(rng, frames):
 
 
 def write_affwild2(dataset, root, rng):
-    labels = root / "annotations" / "VA_Estimation_Challenge"
+    labels = root / "annotations/VA_Estimation_Challenge"
     audio = root / "audio"
     for folder in (labels / "Train_Set", labels / "Validation_Set", audio):
         folder.mkdir(parents=True)
@@ -1032,14 +1028,14 @@ def write_affwild2(dataset, root, rng):
         lost = rng.integers(0, frames - 60)
         keep[lost:lost + rng.integers(5, 50)] = False
         faces = draw_faces(rng.uniform(-1, 1, 8), -0.5 * arousal, 0.6 * arousal, 0.4 * arousal,
-                           0.6 * valence)
-        write_jpegs(root / "cropped_aligned" / video, "{:05d}.jpg", faces, keep, scale=2)
+                           0.6 * valence).repeat(2, 1).repeat(2, 2)
+        write_jpegs(root / "cropped_aligned" / video, "", faces, keep)
 
         table = hidden.T.clip(-1, 1)
         lost = rng.integers(0, frames - 100)
         table[lost:lost + 40, n % 2] = -5  # a stretch that nobody could label
         rows = np.arange(frames + n % 3 - 1)  # one more or less than there are frames
-        table = table[rows.clip(max=frames - 1)]
+        table = table.take(rows, 0, mode="clip")
         np.savetxt(labels / part / f"{video}.txt", table, "%.3f", ",",
                    header="valence,arousal", comments="")
 
@@ -1167,7 +1163,7 @@ def crop_video(job):
                 turn = cv2.getRotationMatrix2D((x, y), angle, CROP / side)
                 turn[:, 2] += CROP / 2 - x, CROP / 2 - y
                 crop = cv2.warpAffine(frame, turn, (CROP, CROP))
-                jpeg = cv2.imencode(".jpg", crop, (cv2.IMWRITE_JPEG_QUALITY, 95))[1]
+                jpeg = cv2.imencode(".jpg", crop)[1]  # of quality 95, OpenCV's default
                 (part / f"img_{i + 1:05d}.jpg").write_bytes(jpeg)
     return len(faces), len(faces) - len(smooth), ""
 
