@@ -52,10 +52,8 @@ DATASETS = "biovid_b biovid_a affwild2 features".split()
 NO_LABEL = math.nan  # valence/arousal without a label: here,
 INVALID = -5.0  # and in files
 SAMPLE = r"\d{6}_[mw]_\d\d-(BL1|PA[1-4])-\d{3}"  # BioVid's names: subject, level, number
-BIOVID = ("BioVid is licence-gated, on request from https://www.nit.ovgu.de/BioVid.html; "
-          "--synthetic runs without it")
-AFFWILD2 = ("Affwild2 is licence-gated, on request from "
-            "https://ibug.doc.ic.ac.uk/resources/aff-wild2/; --synthetic runs without it")
+BIOVID = "on request: https://www.nit.ovgu.de/BioVid.html; --synthetic runs without it"
+AFFWILD2 = "on request: https://ibug.doc.ic.ac.uk/resources/aff-wild2/; --synthetic runs without it"
 FEATURES = ("expected a features file (.npz): float32 visual (N, L, Dv) and privileged (N, L, Dp); "
             "label int (N,), -1 for none, or float (N, 2) or (N, L, 2), -5 for none; group, name, "
             "split and video text, .astype(str), or whole numbers (N,)")
@@ -171,8 +169,8 @@ def few_labels(source, train, number, fold):
     and at least once. They are the first of one order that the fold alone decides, so that 20 of
     them are among 60."""
     samples = label_windows(source, source.label)
-    samples = samples.take(train[samples.index[:, 0]] & samples.labelled.numpy())
-    order = np.random.default_rng(fold).permutation(len(samples.label))
+    candidates = train[samples.index[:, 0]] & samples.labelled.numpy()
+    order = np.random.default_rng(fold).permutation(np.flatnonzero(candidates))
     level = samples.label[order].numpy() if samples.label.ndim == 1 else 0 * order
     same = level[:, None] == np.unique(level)  # (samples, classes)
     if not same.shape[1] <= number <= len(order):
@@ -202,8 +200,7 @@ def parts(source, fold, folds="subjects"):
     split = source.split
     if folds == "clips":
         if split is not None:
-            raise UserError(f"{source.path}: has a split of its own, so that there are no folds "
-                            "over clips; leave --folds out")
+            raise UserError(f"{source.path}: has a split of its own, no folds; leave --folds out")
         group = windows(source.video, source.length)[1].nonzero()[:, 0].numpy()  # a row's sample
     groups = np.random.default_rng(0).permutation(np.unique(group))
     test = np.isin(group, groups[fold - 1::5]) if split is None else split == "test"
@@ -235,9 +232,8 @@ def scored(source, windows, output):
 def image_files(folder, prefix, first=0):
     """Numbers and names of a folder's images, in order; UserError for a number below first."""
     form = prefix + r"(\d{5,9})\.(?:jpe?g|png)"
-    found = (re.fullmatch(form, name, re.IGNORECASE)
-             for name in os.listdir(folder))
-    names = dict(sorted((int(match[1]), match[0]) for match in found if match))
+    names = dict(sorted((int(match[1]), name) for name in os.listdir(folder)
+                        if (match := re.fullmatch(form, name, re.IGNORECASE))))
     if min(names, default=first) < first:
         raise UserError(f"{folder}: its images are numbered from 0, expected from 1; rename "
                         "them, or say with --face-start (BioVid) when image 1 was taken")
@@ -348,7 +344,7 @@ class BioVid(Source):
     """
     task = "classification"
     PREFIX = "img_"
-    LEVELS = {2: ("BL1", "PA4"), 5: ("BL1", "PA1", "PA2", "PA3", "PA4")}
+    LEVELS = {2: "BL1 PA4".split(), 5: "BL1 PA1 PA2 PA3 PA4".split()}
     COLUMN = {"biovid_a": "gsr", "biovid_b": "emg_corrugator"}
 
     def __init__(self, root, dataset, classes, length, image_size, privileged, face_start):
@@ -423,7 +419,7 @@ def expect_whole_videos(folders, where, face_start):
 
 
 def pain_clips(folder, length, face_start=None):
-    """Number, and folder and names of PAIN_IMAGES equally spaced images, of each clip of a sample.
+    """Yields number, and folder and names of PAIN_IMAGES equally spaced images, of each clip.
 
     Image 1 lies at face_start, 0 s by default. A clip without an image takes the one of the
     sample's window that is nearest to its middle.
@@ -436,14 +432,12 @@ def pain_clips(folder, length, face_start=None):
     if not len(names):
         raise UserError(f"{folder}: no face img_<5 digits>.jpg between {BEGIN:g} and {END:g} s; "
                         "extract its crops again or remove the folder")
-    clips = []
     for clip, (begin, end) in enumerate(clip_spans(length)):
         inside = np.flatnonzero((seconds >= begin) & (seconds < end))
         if not len(inside):
             inside = np.abs(seconds - (begin + end) / 2).argmin(keepdims=True)
         spaced = np.linspace(0, len(inside) - 1, PAIN_IMAGES).round().astype(int)
-        clips.append((clip, (folder, names[inside[spaced]])))
-    return clips
+        yield clip, (folder, names[inside[spaced]])
 
 
 def read_biosignal(path, column, begin, end):
@@ -497,7 +491,7 @@ class Affwild2(Source):
                                for path in (annotations / part).glob("[!.]*.txt"))
         self.strays = [f"{folder}: crops without an annotation file in {annotations}; not used"
                        for video, folder in crops.items() if video not in files]
-        fps = read_fps(self.path / "fps.txt", {*crops, *files})
+        fps = read_fps(self.path / "fps.txt", crops | files)
 
         rows = []  # the attributes of each
         frames = []  # of each video: its valid labels, and the row whose prediction holds for each
@@ -519,8 +513,7 @@ class Affwild2(Source):
                 rows += [(video, f"{video}/{end:05d}", sound, self.SPLIT[path.parent.name],
                           label[end - 1], images, (wav, end / rate)) for end, images in clips]
         if not rows:
-            self.faults.append(f"{annotations}: nothing that can be used in Train_Set and "
-                               f"Validation_Set; {AFFWILD2}")
+            self.faults.append(f"{annotations}: nothing in it that can be used; {AFFWILD2}")
             return
 
         *columns, label, self.images, self.signals = zip(*rows, strict=True)
@@ -659,7 +652,7 @@ def read_sound(path, end):
     rate, sound = read_wav(path)
     stop = round(end * rate)
     count = math.ceil(SOUND_SAMPLES * rate / SOUND_RATE)
-    piece = np.asarray(sound[max(stop - count, 0):stop])
+    piece = sound[max(stop - count, 0):stop]
     if piece.dtype.kind == "i":
         piece = piece / -float(np.iinfo(piece.dtype).min)
     if not (np.abs(piece) < 1e9).all():  # its power is a float32
@@ -667,7 +660,7 @@ def read_sound(path, end):
                         f"with ffmpeg -ac 1 -ar {SOUND_RATE}")
     piece = piece.mean(1) if piece.ndim == 2 else piece
     piece = np.pad(piece, (max(count - stop, 0), count))[:count]
-    return resample_poly(piece, SOUND_RATE, rate)[-SOUND_SAMPLES:].astype(np.float32)
+    return np.float32(resample_poly(piece, SOUND_RATE, rate)[-SOUND_SAMPLES:])
 
 
 @cache
@@ -748,13 +741,12 @@ class Features:
         needed = {"visual": True, "privileged": privileged, "label": labelled}
         arrays = read_arrays(path, needed)
         if strays := sorted(arrays.keys() - self.KEYS):  # a group that is misspelt would be a leak
-            raise UserError(f"{path}: holds {strays[0]}, which nothing reads; rename it (a subject "
-                            "is a group) or leave it out: visual, privileged, label, group, split "
-                            "and name are read")
+            raise UserError(f"{path}: holds {strays[0]}, which nothing reads; leave it out, or "
+                            f"rename it (a subject is a group); {FEATURES}")
         count, clips = (*arrays["visual"].shape, 0, 0)[:2]
         for key in ("visual", "privileged") if privileged else ("visual",):
             array = self._expect(arrays, key, "f", (count, clips, *arrays[key].shape[-1:]))
-            self.rows[key] = torch.from_numpy(array.astype(np.float32)).flatten(0, 1)
+            self.rows[key] = torch.from_numpy(np.float32(array)).flatten(0, 1)
 
         self.length = length or clips
         self.backbones = str(arrays.get("backbones", ""))  # whose features they are, from stage 2
@@ -787,8 +779,7 @@ class Features:
 
         found = {*self.split.tolist()}
         if not found <= {"train", "test"}:
-            raise UserError(f"{self.path}: split holds {str(found)[:60]}; expected train and test "
-                            "(validation is taken from train)")
+            raise UserError(f"{self.path}: split holds {str(found)[:60]}; expected train and test")
         both = np.intersect1d(*(self.group[self.split == part] for part in ("train", "test")))
         if len(both) and not self.backbones:  # stage 2's is the split that the data set came with
             raise UserError(f"{self.path}: group {both[0]} is in both splits; give it to one")
@@ -804,18 +795,17 @@ class Features:
                                 "from 0 on, leaving none out, and write -1 for no label")
             self.task = "classification"
             self.outputs = len(classes)
-            self.label = torch.from_numpy(label.astype(np.int64).repeat(clips))
+            self.label = torch.from_numpy(np.int64(label).repeat(clips))
             return
 
         if label.any() and np.isin(label, (0, 1)).all():
-            raise UserError(f"{self.path}: label holds 0 and 1 alone, no valence and arousal; "
-                            "write classes as label.argmax(1)")
+            raise UserError(f"{self.path}: label is all 0 and 1; write classes as label.argmax(1)")
         self.task = "regression"
         self.outputs = 2
-        label = torch.from_numpy(label.astype(np.float32)).reshape(count, -1, 2)
+        label = torch.from_numpy(np.float32(label)).reshape(count, -1, 2)
         label = label.expand(count, clips, 2).flatten(0, 1)
         self.label = label.where((label != INVALID).all(1, True), NO_LABEL)
-        self.frame_row = self.label.isfinite().all(1).nonzero()[:, 0]
+        self.frame_row = self.label.isfinite().all(1).nonzero().flatten()
         self.frame_label = self.label[self.frame_row]
         if self.backbones and "frame_row" in arrays:  # stage 2's, checked when they were read
             self.frame_row = torch.from_numpy(arrays["frame_row"])
@@ -840,9 +830,7 @@ class Features:
 def read_arrays(path, needed):
     """The arrays of an .npz file but those that are not needed; nothing pickled is ever opened."""
     arrays = {}
-    fault = "no .npz, or cut short"
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; {FEATURES}")
+    fault = "no such file, no .npz, or cut short"
     try:
         with np.load(path, allow_pickle=False) as file:
             for key in sorted({*needed, *file.files}):
@@ -930,12 +918,12 @@ def write_stand_in(dataset, root):
         (part / "SYNTHETIC").write_text(recipe)
 
 
-def draw_faces(identity, brow, eye, mouth, smile):
+def draw_faces(identity, expressions):
     """Cartoon faces, uint8 (T, FACE, FACE, 3), of one identity (8 numbers in [-1, 1]).
 
-    Expressions (T,) in about [-1, 1]: brow lowering, eye opening, mouth opening, smile.
+    Expressions (4, T) in about [-1, 1]: brow lowering, eye opening, mouth opening, smile.
     """
-    brow, eye, mouth, smile = np.float32([brow, eye, mouth, smile])[..., None, None]  # (T, 1, 1)
+    brow, eye, mouth, smile = np.float32(expressions)[..., None, None]  # (T, 1, 1)
     axis = np.linspace(-1, 1, FACE, dtype=np.float32)
     y = axis[:, None]
     x = np.abs(axis)  # the right half is the left one's mirror image
@@ -953,7 +941,7 @@ def draw_faces(identity, brow, eye, mouth, smile):
     dark = np.maximum(np.maximum(lips, eyes), brows)[..., None]  # (T, FACE, FACE, 1)
     skin = [205, 160, 130] + 30 * identity[5:]
     image = 70 + oval[..., None] * (skin - 70)
-    return (image * (1 - 0.75 * dark)).astype(np.uint8)  # never below 17 or above 235
+    return np.uint8(image * (1 - 0.75 * dark))  # never below 17 or above 235
 
 
 def write_jpegs(folder, prefix, faces, keep):
@@ -964,8 +952,6 @@ def write_jpegs(folder, prefix, faces, keep):
 
 def write_biovid(dataset, root, rng):
     noise_v, noise_p = NOISE[dataset]
-    # real headers carry blanks, too
-    header = "time\tgsr\tecg\temg_trapezius\t emg_corrugator\temg_zygomaticus"
     for person in tqdm(range(SUBJECTS), disable=None):
         subject = f"{person + 1:02d}0109_{'mw'[person % 2]}_{20 + person}"
         identity = rng.uniform(-1, 1, 8)
@@ -978,13 +964,13 @@ def write_biovid(dataset, root, rng):
             sample = f"{subject}-{BioVid.LEVELS[5][level]}-{n + 81:03d}"
             hidden = reactive * level / 4
             t = np.arange(138) / FPS
-            onset = (t / 1.5).clip(0, 1)
-            shown = onset * (hidden + noise_v * rng.normal()) + 0.05 * rng.normal(size=t.size)
+            shown = (hidden + noise_v * rng.normal()) * (t / 1.5).clip(0, 1)
+            shown += 0.05 * rng.normal(size=t.size)
             keep = np.ones(t.size, bool)
             if n % 4 == 3:  # the face detector lost the face for a while
                 lost = rng.integers(0, 110)
                 keep[lost:lost + rng.integers(1, 20)] = False
-            faces = draw_faces(identity, shown, 0.6 - shown, shown - 0.3, 0 * shown)
+            faces = draw_faces(identity, [shown, 0.6 - shown, shown - 0.3, 0 * shown])
             write_jpegs(root / "faces" / subject / sample, "img_", faces, keep)
 
             rows = 2816 + n % 2
@@ -995,8 +981,9 @@ def write_biovid(dataset, root, rng):
             table = np.column_stack([t * 1e6, 5 + 0.5 * gain + 2.0 * felt + 0.01 * skin,
                                      np.exp(-((t * 1.2 % 1 - 0.5) / 0.02) ** 2), 3 * trapezius,
                                      tension * corrugator, tension * zygomaticus])
-            np.savetxt(signals / f"{sample}_bio.csv", table, "%d" + 5 * "\t%.4f", header=header,
-                       comments="")
+            # Real headers carry blanks, too.
+            np.savetxt(signals / f"{sample}_bio.csv", table, "%d" + 5 * "\t%.4f", comments="",
+                       header="time\tgsr\tecg\temg_trapezius\t emg_corrugator\temg_zygomaticus")
 
 
 def _wander(rng, frames):
@@ -1027,8 +1014,8 @@ def write_affwild2(dataset, root, rng):
         keep = np.ones(frames, bool)
         lost = rng.integers(0, frames - 60)
         keep[lost:lost + rng.integers(5, 50)] = False
-        faces = draw_faces(rng.uniform(-1, 1, 8), -0.5 * arousal, 0.6 * arousal, 0.4 * arousal,
-                           0.6 * valence).repeat(2, 1).repeat(2, 2)
+        faces = draw_faces(rng.uniform(-1, 1, 8), [-0.5 * arousal, 0.6 * arousal, 0.4 * arousal,
+                                                   0.6 * valence]).repeat(2, 1).repeat(2, 2)
         write_jpegs(root / "cropped_aligned" / video, "", faces, keep)
 
         table = hidden.T.clip(-1, 1)
@@ -1047,7 +1034,7 @@ def write_affwild2(dataset, root, rng):
             volume = 0.03 * np.exp(0.7 * loud.clip(-3, 3))
             sound = volume * (tone + 0.5 * tone**3) + 0.003 * rng.normal(size=t.size)
             wavfile.write(audio / f"{sound_name(video)}.wav", SOUND_RATE,
-                          (sound.clip(-1, 1) * 32767).astype(np.int16))
+                          np.int16(sound.clip(-1, 1) * 32767))
 
 
 # Face crops from videos. A face is four numbers: x and y of its centre, the side of the square that
@@ -1176,7 +1163,7 @@ def crop_videos(videos, root, detector, workers):
     face_detector(detector)  # what is wrong with it is said once, here
     (root / "faces").mkdir(parents=True, exist_ok=True)
     paths = [path for path in sorted([videos, *videos.rglob("[!.]*")])
-             if path.suffix.lower() in (".mp4", ".avi", ".mov") and path.is_file()]
+             if path.suffix.lower() in ".mp4 .avi .mov".split() and path.is_file()]
     if not paths:
         raise UserError(f"{videos}: no mp4, avi or mov; expected one or a folder of them")
     strays = [path for path in paths if not re.fullmatch(SAMPLE, path.stem)]
@@ -1192,9 +1179,7 @@ def crop_videos(videos, root, detector, workers):
     todo = [(path, target, detector) for target, path in targets.items() if not target.is_dir()]
     loader = DataLoader(todo, None, num_workers=max(0, min(workers, len(todo))),
                         collate_fn=crop_video)
-    results = tqdm(loader, unit="video", disable=None)
-
-    frames, missing, faults = zip((0, 0, ""), *results, strict=True)
+    frames, missing, faults = zip((0, 0, ""), *tqdm(loader, disable=None), strict=True)
     faults = [fault for fault in faults if fault]
     fewest = sorted(f"{len(os.listdir(folder)):6} {folder.name}"
                     for folder in targets if folder.is_dir())[:10]
@@ -1228,8 +1213,8 @@ def main():
         if not args.root:
             raise UserError("--crop needs --root, the folder to write faces/ into")
         return crop_videos(args.crop, Path(args.root), args.detector, args.workers)
-    root = args.root or f"data/{args.check}"
-    source = open_dataset(args.check, root, 5, face_start=args.face_start, strict=False)
+    source = open_dataset(args.check, args.root or f"data/{args.check}", 5,
+                          face_start=args.face_start, strict=False)
     faults = [*source.faults]
     if hasattr(source, "label"):
         print(source.describe())

@@ -3377,7 +3377,7 @@ def film(cv2, path, fps=25, frames=75, hidden=(), size=(320, 240), start=(60, 60
     """A video of one of the stand-in's faces that drifts to the right, over a gray that tells the frame."""
     path.parent.mkdir(parents=True, exist_ok=True)
     still = np.zeros(1)
-    face = data.draw_faces(np.zeros(8), still, still + 0.3, still - 0.3, still)[0].repeat(2, 0).repeat(2, 1)
+    face = data.draw_faces(np.zeros(8), [still, still + 0.3, still - 0.3, still])[0].repeat(2, 0).repeat(2, 1)
     face[68:78, 28:38] = 0, 255, 0  # on the cheek that is left in the image
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), fps, size)
     assert writer.isOpened()
