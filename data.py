@@ -402,7 +402,7 @@ class BioVid(Source):
 
 def clip_spans(length):
     """Where each of the `length` clips of a BioVid sample begins and ends, in seconds."""
-    return [*pairwise(np.linspace(BEGIN, END, length + 1).tolist())]
+    return [*pairwise(np.linspace(BEGIN, END, length + 1))]
 
 
 def expect_whole_videos(folders, where, face_start):
@@ -485,7 +485,11 @@ class Affwild2(Source):
 
     def __init__(self, root, length, image_size, privileged):
         super().__init__(root, length, image_size)
-        crops = self._find_crops()
+        find_folder(self.path, "cropped_aligned", inside=f"<video>/00001.jpg; {AFFWILD2}")
+        # Crops come in several archives, of one level or two.
+        crops = self._by_video(path for level in ("*/", "batch*/*/", "cropped_aligned*/*/")
+                               for path in self.path.glob(f"cropped_aligned*/{level}")
+                               if not re.match(r"[._]|batch\d*$|cropped_aligned", path.name))
         annotations = self._find_annotations()
         files = self._by_video(path for part in self.SPLIT
                                for path in (annotations / part).glob("[!.]*.txt"))
@@ -521,13 +525,6 @@ class Affwild2(Source):
         self.label = torch.from_numpy(np.stack(label))
         self.frame_label, self.frame_row = (torch.from_numpy(np.concatenate(column))
                                             for column in zip(*frames, strict=True))
-
-    def _find_crops(self):
-        """{video: folder of its images}; there are several archives, of one level or two."""
-        find_folder(self.path, "cropped_aligned", inside=f"<video>/00001.jpg; {AFFWILD2}")
-        return self._by_video(path for level in ("*/", "batch*/*/", "cropped_aligned*/*/")
-                              for path in self.path.glob(f"cropped_aligned*/{level}")
-                              if not re.match(r"[._]|batch\d*$|cropped_aligned", path.name))
 
     def _by_video(self, paths):
         """{video: its path}; any further path of a video is a fault."""
@@ -703,8 +700,7 @@ class Faces(Source):
                          else pain_clips(one, length, face_start))
                 rows += [(video, f"{video}/{number:05d}", images) for number, images in clips]
         if not rows:
-            raise UserError((self.faults or [f"{folder}: no images there; expected face crops (jpg "
-                                             f"or png), named as in {dataset}"])[0])
+            raise UserError((self.faults or [f"{folder}: no images there as in {dataset}"])[0])
         *columns, self.images = zip(*rows, strict=True)
         self.video, self.name = map(np.array, columns)
 
@@ -738,8 +734,7 @@ class Features:
     def __init__(self, path, length=None, privileged=True, labelled=True):
         self.path = Path(path)
         self.rows = {}
-        needed = {"visual": True, "privileged": privileged, "label": labelled}
-        arrays = read_arrays(path, needed)
+        arrays = read_arrays(path, {"visual": True, "privileged": privileged, "label": labelled})
         if strays := sorted(arrays.keys() - self.KEYS):  # a group that is misspelt would be a leak
             raise UserError(f"{path}: holds {strays[0]}, which nothing reads; leave it out, or "
                             f"rename it (a subject is a group); {FEATURES}")
@@ -973,11 +968,10 @@ def write_biovid(dataset, root, rng):
             faces = draw_faces(identity, [shown, 0.6 - shown, shown - 0.3, 0 * shown])
             write_jpegs(root / "faces" / subject / sample, "img_", faces, keep)
 
-            rows = 2816 + n % 2
-            t = np.arange(rows) / SIGNAL_RATE
+            t = np.arange(2816 + n % 2) / SIGNAL_RATE
             felt = (hidden + noise_p * rng.normal()) * (t / 1.5).clip(0, 1)
             tension = 3 * gain * np.exp(0.9 * felt)  # a muscle's noise has the power of its effort
-            skin, trapezius, corrugator, zygomaticus = rng.normal(size=(rows, 4)).T
+            skin, trapezius, corrugator, zygomaticus = rng.normal(size=(t.size, 4)).T
             table = np.column_stack([t * 1e6, 5 + 0.5 * gain + 2.0 * felt + 0.01 * skin,
                                      np.exp(-((t * 1.2 % 1 - 0.5) / 0.02) ** 2), 3 * trapezius,
                                      tension * corrugator, tension * zygomaticus])
