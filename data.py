@@ -48,14 +48,12 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms.functional import pil_to_tensor, resize
 from tqdm import tqdm
 
-DATASETS = ("biovid_b", "biovid_a", "affwild2", "features")
+DATASETS = "biovid_b biovid_a affwild2 features".split()
 NO_LABEL = math.nan  # valence/arousal without a label: here,
 INVALID = -5.0  # and in files
 SAMPLE = r"\d{6}_[mw]_\d\d-(BL1|PA[1-4])-\d{3}"  # BioVid's names: subject, level, number
-BIOVID = ("BioVid is licence-gated, on request from https://www.nit.ovgu.de/BioVid.html; "
-          "--synthetic runs without it")
-AFFWILD2 = ("Affwild2 is licence-gated, on request from "
-            "https://ibug.doc.ic.ac.uk/resources/aff-wild2/; --synthetic runs without it")
+BIOVID = "on request: https://www.nit.ovgu.de/BioVid.html; --synthetic runs without it"
+AFFWILD2 = "on request: https://ibug.doc.ic.ac.uk/resources/aff-wild2/; --synthetic runs without it"
 FEATURES = ("expected a features file (.npz): float32 visual (N, L, Dv) and privileged (N, L, Dp); "
             "label int (N,), -1 for none, or float (N, 2) or (N, L, 2), -5 for none; group, name, "
             "split and video text, .astype(str), or whole numbers (N,)")
@@ -171,8 +169,8 @@ def few_labels(source, train, number, fold):
     and at least once. They are the first of one order that the fold alone decides, so that 20 of
     them are among 60."""
     samples = label_windows(source, source.label)
-    samples = samples.take(train[samples.index[:, 0]] & samples.labelled.numpy())
-    order = np.random.default_rng(fold).permutation(len(samples.label))
+    candidates = train[samples.index[:, 0]] & samples.labelled.numpy()
+    order = np.random.default_rng(fold).permutation(np.flatnonzero(candidates))
     level = samples.label[order].numpy() if samples.label.ndim == 1 else 0 * order
     same = level[:, None] == np.unique(level)  # (samples, classes)
     if not same.shape[1] <= number <= len(order):
@@ -202,8 +200,7 @@ def parts(source, fold, folds="subjects"):
     split = source.split
     if folds == "clips":
         if split is not None:
-            raise UserError(f"{source.path}: has a split of its own, so that there are no folds "
-                            "over clips; leave --folds out")
+            raise UserError(f"{source.path}: has a split of its own, no folds; leave --folds out")
         group = windows(source.video, source.length)[1].nonzero()[:, 0].numpy()  # a row's sample
     groups = np.random.default_rng(0).permutation(np.unique(group))
     test = np.isin(group, groups[fold - 1::5]) if split is None else split == "test"
@@ -235,9 +232,8 @@ def scored(source, windows, output):
 def image_files(folder, prefix, first=0):
     """Numbers and names of a folder's images, in order; UserError for a number below first."""
     form = prefix + r"(\d{5,9})\.(?:jpe?g|png)"
-    found = (re.fullmatch(form, name, re.IGNORECASE)
-             for name in os.listdir(folder))
-    names = dict(sorted((int(match[1]), match[0]) for match in found if match))
+    names = dict(sorted((int(match[1]), name) for name in os.listdir(folder)
+                        if (match := re.fullmatch(form, name, re.IGNORECASE))))
     if min(names, default=first) < first:
         raise UserError(f"{folder}: its images are numbered from 0, expected from 1; rename "
                         "them, or say with --face-start (BioVid) when image 1 was taken")
@@ -252,7 +248,7 @@ def read_frames(folder, names, size):
             with (warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
                   Image.open(folder / name, formats=("JPEG", "PNG")) as file):
                 image = ImageOps.exif_transpose(file)
-            if image.mode not in ("RGB", "L", "P", "1", "CMYK") or "transparency" in image.info:
+            if image.mode not in "RGB L P 1 CMYK".split() or "transparency" in image.info:
                 raise ValueError(f"{image.mode} pixels; save it with 8 bits and without alpha")
             image = image.convert("RGB")
         except Exception as error:  # a damaged file makes Pillow raise any of a dozen kinds
@@ -348,7 +344,7 @@ class BioVid(Source):
     """
     task = "classification"
     PREFIX = "img_"
-    LEVELS = {2: ("BL1", "PA4"), 5: ("BL1", "PA1", "PA2", "PA3", "PA4")}
+    LEVELS = {2: "BL1 PA4".split(), 5: "BL1 PA1 PA2 PA3 PA4".split()}
     COLUMN = {"biovid_a": "gsr", "biovid_b": "emg_corrugator"}
 
     def __init__(self, root, dataset, classes, length, image_size, privileged, face_start):
@@ -357,7 +353,7 @@ class BioVid(Source):
         self.outputs = len(levels)
         faces = find_folder(self.path, "faces",
                             inside=f"<subject>/<sample>/img_00001.jpg; {BIOVID}")
-        folders = sorted(p for p in faces.glob("[!._]*/[!._]*") if p.is_dir())
+        folders = sorted(faces.glob("[!._]*/[!._]*/"))
         if privileged:
             signals = find_folder(self.path, "biosignals_filtered", "biosignals_raw",
                                   inside=f"<subject>/<sample>_bio.csv; {BIOVID}")
@@ -406,7 +402,7 @@ class BioVid(Source):
 
 def clip_spans(length):
     """Where each of the `length` clips of a BioVid sample begins and ends, in seconds."""
-    return [*pairwise(np.linspace(BEGIN, END, length + 1).tolist())]
+    return [*pairwise(np.linspace(BEGIN, END, length + 1))]
 
 
 def expect_whole_videos(folders, where, face_start):
@@ -423,7 +419,7 @@ def expect_whole_videos(folders, where, face_start):
 
 
 def pain_clips(folder, length, face_start=None):
-    """Number, and folder and names of PAIN_IMAGES equally spaced images, of each clip of a sample.
+    """Yields number, and folder and names of PAIN_IMAGES equally spaced images, of each clip.
 
     Image 1 lies at face_start, 0 s by default. A clip without an image takes the one of the
     sample's window that is nearest to its middle.
@@ -436,14 +432,12 @@ def pain_clips(folder, length, face_start=None):
     if not len(names):
         raise UserError(f"{folder}: no face img_<5 digits>.jpg between {BEGIN:g} and {END:g} s; "
                         "extract its crops again or remove the folder")
-    clips = []
     for clip, (begin, end) in enumerate(clip_spans(length)):
         inside = np.flatnonzero((seconds >= begin) & (seconds < end))
         if not len(inside):
             inside = np.abs(seconds - (begin + end) / 2).argmin(keepdims=True)
         spaced = np.linspace(0, len(inside) - 1, PAIN_IMAGES).round().astype(int)
-        clips.append((clip, (folder, names[inside[spaced]])))
-    return clips
+        yield clip, (folder, names[inside[spaced]])
 
 
 def read_biosignal(path, column, begin, end):
@@ -491,13 +485,17 @@ class Affwild2(Source):
 
     def __init__(self, root, length, image_size, privileged):
         super().__init__(root, length, image_size)
-        crops = self._find_crops()
+        find_folder(self.path, "cropped_aligned", inside=f"<video>/00001.jpg; {AFFWILD2}")
+        # Crops come in several archives, of one level or two.
+        crops = self._by_video(path for level in ("*/", "batch*/*/", "cropped_aligned*/*/")
+                               for path in self.path.glob(f"cropped_aligned*/{level}")
+                               if not re.match(r"[._]|batch\d*$|cropped_aligned", path.name))
         annotations = self._find_annotations()
         files = self._by_video(path for part in self.SPLIT
-                               for path in sorted((annotations / part).glob("[!.]*.txt")))
+                               for path in (annotations / part).glob("[!.]*.txt"))
         self.strays = [f"{folder}: crops without an annotation file in {annotations}; not used"
                        for video, folder in crops.items() if video not in files]
-        fps = read_fps(self.path / "fps.txt", {*crops, *files})
+        fps = read_fps(self.path / "fps.txt", crops | files)
 
         rows = []  # the attributes of each
         frames = []  # of each video: its valid labels, and the row whose prediction holds for each
@@ -519,8 +517,7 @@ class Affwild2(Source):
                 rows += [(video, f"{video}/{end:05d}", sound, self.SPLIT[path.parent.name],
                           label[end - 1], images, (wav, end / rate)) for end, images in clips]
         if not rows:
-            self.faults.append(f"{annotations}: nothing that can be used in Train_Set and "
-                               f"Validation_Set; {AFFWILD2}")
+            self.faults.append(f"{annotations}: nothing in it that can be used; {AFFWILD2}")
             return
 
         *columns, label, self.images, self.signals = zip(*rows, strict=True)
@@ -529,29 +526,20 @@ class Affwild2(Source):
         self.frame_label, self.frame_row = (torch.from_numpy(np.concatenate(column))
                                             for column in zip(*frames, strict=True))
 
-    def _find_crops(self):
-        """{video: folder of its images}; there are several archives, of one level or two."""
-        find_folder(self.path, "cropped_aligned", inside=f"<video>/00001.jpg; {AFFWILD2}")
-        paths = sorted(path for level in ("*", "batch*/*", "cropped_aligned*/*")
-                       for path in self.path.glob(f"cropped_aligned*/{level}"))
-        litter = re.compile(r"[._]|batch\d*$|cropped_aligned")
-        return self._by_video(path for path in paths
-                              if path.is_dir() and not litter.match(path.name))
-
     def _by_video(self, paths):
         """{video: its path}; any further path of a video is a fault."""
         found = {}
-        for path in paths:
+        for path in sorted(paths):
             first = found.setdefault(path.name.removesuffix(".txt"), path)
             if first != path:
                 self.faults.append(f"{path}: the same video as {first}; keep one")
         return found
 
     def _find_annotations(self):
-        sets = [path.parent for level in ("", "*/", "*/*/", "annotations/annotations/*/")
-                for name in ("VA_Estimation_Challenge", "VA_Set")
-                for path in sorted(self.path.glob(f"{level}{name}/Train_Set"))
-                if "__MACOSX" not in path.parts]
+        sets = sorted(path.parent for level in ("", "*/", "*/*/", "annotations/annotations/*/")
+                      for name in ("VA_Estimation_Challenge", "VA_Set")
+                      for path in self.path.glob(f"{level}{name}/Train_Set")
+                      if "__MACOSX" not in path.parts)
         if len(sets) != 1:
             raise UserError(f"{self.path / 'annotations'}: expected one edition of ABAW's "
                             "VA_Estimation_Challenge/Train_Set/<video>.txt in it, found "
@@ -661,7 +649,7 @@ def read_sound(path, end):
     rate, sound = read_wav(path)
     stop = round(end * rate)
     count = math.ceil(SOUND_SAMPLES * rate / SOUND_RATE)
-    piece = np.asarray(sound[max(stop - count, 0):stop])
+    piece = sound[max(stop - count, 0):stop]
     if piece.dtype.kind == "i":
         piece = piece / -float(np.iinfo(piece.dtype).min)
     if not (np.abs(piece) < 1e9).all():  # its power is a float32
@@ -669,7 +657,7 @@ def read_sound(path, end):
                         f"with ffmpeg -ac 1 -ar {SOUND_RATE}")
     piece = piece.mean(1) if piece.ndim == 2 else piece
     piece = np.pad(piece, (max(count - stop, 0), count))[:count]
-    return resample_poly(piece, SOUND_RATE, rate)[-SOUND_SAMPLES:].astype(np.float32)
+    return np.float32(resample_poly(piece, SOUND_RATE, rate)[-SOUND_SAMPLES:])
 
 
 @cache
@@ -680,7 +668,7 @@ def mel_filters():
     corners = 700 * (10 ** (mel / 2595) - 1)  # Hz
     f = np.linspace(0, top, 513)
     filters = [np.interp(f, corners, one_hot) for one_hot in np.eye(64 + 2)[1:-1]]
-    return torch.from_numpy(np.stack(filters)).float()
+    return torch.from_numpy(np.float32(filters))
 
 
 def log_mel(sound):
@@ -712,8 +700,7 @@ class Faces(Source):
                          else pain_clips(one, length, face_start))
                 rows += [(video, f"{video}/{number:05d}", images) for number, images in clips]
         if not rows:
-            raise UserError((self.faults or [f"{folder}: no images there; expected face crops (jpg "
-                                             f"or png), named as in {dataset}"])[0])
+            raise UserError((self.faults or [f"{folder}: no images there as in {dataset}"])[0])
         *columns, self.images = zip(*rows, strict=True)
         self.video, self.name = map(np.array, columns)
 
@@ -742,22 +729,19 @@ class Features:
 
     faults = ()
     split = None
-    KEYS = {"visual", "privileged", "label", "group", "split", "name", "video", "frame_label",
-            "frame_row", "backbones"}
+    KEYS = "visual privileged label group split name video frame_label frame_row backbones".split()
 
     def __init__(self, path, length=None, privileged=True, labelled=True):
         self.path = Path(path)
         self.rows = {}
-        needed = {"visual": True, "privileged": privileged, "label": labelled}
-        arrays = read_arrays(path, needed)
+        arrays = read_arrays(path, {"visual": True, "privileged": privileged, "label": labelled})
         if strays := sorted(arrays.keys() - self.KEYS):  # a group that is misspelt would be a leak
-            raise UserError(f"{path}: holds {strays[0]}, which nothing reads; rename it (a subject "
-                            "is a group) or leave it out: visual, privileged, label, group, split "
-                            "and name are read")
+            raise UserError(f"{path}: holds {strays[0]}, which nothing reads; leave it out, or "
+                            f"rename it (a subject is a group); {FEATURES}")
         count, clips = (*arrays["visual"].shape, 0, 0)[:2]
         for key in ("visual", "privileged") if privileged else ("visual",):
             array = self._expect(arrays, key, "f", (count, clips, *arrays[key].shape[-1:]))
-            self.rows[key] = torch.from_numpy(array.astype(np.float32)).flatten(0, 1)
+            self.rows[key] = torch.from_numpy(np.float32(array)).flatten(0, 1)
 
         self.length = length or clips
         self.backbones = str(arrays.get("backbones", ""))  # whose features they are, from stage 2
@@ -776,8 +760,8 @@ class Features:
 
     def _read_names(self, arrays, count, clips):
         """Sets group, name, video and split, (N * L,) each."""
-        arrays = dict.fromkeys(("group", "name", "video"), np.arange(count)) | arrays
-        for key in sorted({"group", "name", "split", "video"} & arrays.keys()):
+        arrays = dict.fromkeys(["group", "name", "video"], np.arange(count)) | arrays
+        for key in sorted(arrays.keys() & "group name split video".split()):
             setattr(self, key, self._expect(arrays, key, "Uiu", (count,)).repeat(clips))
         self.name = self.name.astype(str)
         if len(np.unique(self.name)) < count:  # an evaluation finds its samples by name
@@ -790,8 +774,7 @@ class Features:
 
         found = {*self.split.tolist()}
         if not found <= {"train", "test"}:
-            raise UserError(f"{self.path}: split holds {str(found)[:60]}; expected train and test "
-                            "(validation is taken from train)")
+            raise UserError(f"{self.path}: split holds {str(found)[:60]}; expected train and test")
         both = np.intersect1d(*(self.group[self.split == part] for part in ("train", "test")))
         if len(both) and not self.backbones:  # stage 2's is the split that the data set came with
             raise UserError(f"{self.path}: group {both[0]} is in both splits; give it to one")
@@ -807,18 +790,17 @@ class Features:
                                 "from 0 on, leaving none out, and write -1 for no label")
             self.task = "classification"
             self.outputs = len(classes)
-            self.label = torch.from_numpy(label.astype(np.int64).repeat(clips))
+            self.label = torch.from_numpy(np.int64(label).repeat(clips))
             return
 
         if label.any() and np.isin(label, (0, 1)).all():
-            raise UserError(f"{self.path}: label holds 0 and 1 alone, no valence and arousal; "
-                            "write classes as label.argmax(1)")
+            raise UserError(f"{self.path}: label is all 0 and 1; write classes as label.argmax(1)")
         self.task = "regression"
         self.outputs = 2
-        label = torch.from_numpy(label.astype(np.float32)).reshape(count, -1, 2)
+        label = torch.from_numpy(np.float32(label)).reshape(count, -1, 2)
         label = label.expand(count, clips, 2).flatten(0, 1)
         self.label = label.where((label != INVALID).all(1, True), NO_LABEL)
-        self.frame_row = self.label.isfinite().all(1).nonzero()[:, 0]
+        self.frame_row = self.label.isfinite().all(1).nonzero().flatten()
         self.frame_label = self.label[self.frame_row]
         if self.backbones and "frame_row" in arrays:  # stage 2's, checked when they were read
             self.frame_row = torch.from_numpy(arrays["frame_row"])
@@ -843,9 +825,7 @@ class Features:
 def read_arrays(path, needed):
     """The arrays of an .npz file but those that are not needed; nothing pickled is ever opened."""
     arrays = {}
-    fault = "no .npz, or cut short"
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; {FEATURES}")
+    fault = "no such file, no .npz, or cut short"
     try:
         with np.load(path, allow_pickle=False) as file:
             for key in sorted({*needed, *file.files}):
@@ -933,12 +913,12 @@ def write_stand_in(dataset, root):
         (part / "SYNTHETIC").write_text(recipe)
 
 
-def draw_faces(identity, brow, eye, mouth, smile):
+def draw_faces(identity, expressions):
     """Cartoon faces, uint8 (T, FACE, FACE, 3), of one identity (8 numbers in [-1, 1]).
 
-    Expressions (T,) in about [-1, 1]: brow lowering, eye opening, mouth opening, smile.
+    Expressions (4, T) in about [-1, 1]: brow lowering, eye opening, mouth opening, smile.
     """
-    brow, eye, mouth, smile = np.float32([brow, eye, mouth, smile])[..., None, None]  # (T, 1, 1)
+    brow, eye, mouth, smile = np.float32(expressions)[..., None, None]  # (T, 1, 1)
     axis = np.linspace(-1, 1, FACE, dtype=np.float32)
     y = axis[:, None]
     x = np.abs(axis)  # the right half is the left one's mirror image
@@ -946,7 +926,7 @@ def draw_faces(identity, brow, eye, mouth, smile):
     def blob(cx, cy, rx, ry):
         return (4 * (1 - ((x - cx) / rx) ** 2 - ((y - cy) / ry) ** 2)).clip(0, 1)
 
-    width, height, apart, low, wide, *tone = identity
+    width, height, apart, low, wide = identity[:5]
     oval = blob(0, 0, 0.75 + 0.1 * width, 0.92 + 0.06 * height)
     curve = smile.clip(-1, 1) * 1.5 * (0.03 - x**2)  # raises the mouth's corners
     lips = blob(0, 0.45 + 0.05 * low + curve, 0.3 + 0.05 * wide, (0.1 + 0.09 * mouth).clip(0.03))
@@ -954,22 +934,19 @@ def draw_faces(identity, brow, eye, mouth, smile):
     eyes = blob(side, -0.22, 0.17, 0.07 + 0.045 * eye.clip(-1, 1))
     brows = 0.8 * blob(side, -0.52 + 0.03 * low + 0.1 * brow, 0.22, 0.06)
     dark = np.maximum(np.maximum(lips, eyes), brows)[..., None]  # (T, FACE, FACE, 1)
-    skin = np.array([205, 160, 130]) + 30 * np.array(tone)
+    skin = [205, 160, 130] + 30 * identity[5:]
     image = 70 + oval[..., None] * (skin - 70)
-    return (image * (1 - 0.75 * dark)).clip(0, 255).astype(np.uint8)
+    return np.uint8(image * (1 - 0.75 * dark))  # never below 17 or above 235
 
 
-def write_jpegs(folder, pattern, faces, keep, scale=1):
+def write_jpegs(folder, prefix, faces, keep):
     folder.mkdir(parents=True)
     for i in np.flatnonzero(keep):
-        image = Image.fromarray(faces[i].repeat(scale, 0).repeat(scale, 1))
-        image.save(folder / pattern.format(i + 1), quality=90)
+        Image.fromarray(faces[i]).save(folder / f"{prefix}{i + 1:05d}.jpg", quality=90)
 
 
 def write_biovid(dataset, root, rng):
     noise_v, noise_p = NOISE[dataset]
-    # real headers carry blanks, too
-    header = "time\tgsr\tecg\temg_trapezius\t emg_corrugator\temg_zygomaticus"
     for person in tqdm(range(SUBJECTS), disable=None):
         subject = f"{person + 1:02d}0109_{'mw'[person % 2]}_{20 + person}"
         identity = rng.uniform(-1, 1, 8)
@@ -982,25 +959,25 @@ def write_biovid(dataset, root, rng):
             sample = f"{subject}-{BioVid.LEVELS[5][level]}-{n + 81:03d}"
             hidden = reactive * level / 4
             t = np.arange(138) / FPS
-            onset = (t / 1.5).clip(0, 1)
-            shown = onset * (hidden + noise_v * rng.normal()) + 0.05 * rng.normal(size=t.size)
+            shown = (hidden + noise_v * rng.normal()) * (t / 1.5).clip(0, 1)
+            shown += 0.05 * rng.normal(size=t.size)
             keep = np.ones(t.size, bool)
             if n % 4 == 3:  # the face detector lost the face for a while
                 lost = rng.integers(0, 110)
                 keep[lost:lost + rng.integers(1, 20)] = False
-            faces = draw_faces(identity, shown, 0.6 - shown, shown - 0.3, 0 * shown)
-            write_jpegs(root / "faces" / subject / sample, "img_{:05d}.jpg", faces, keep)
+            faces = draw_faces(identity, [shown, 0.6 - shown, shown - 0.3, 0 * shown])
+            write_jpegs(root / "faces" / subject / sample, "img_", faces, keep)
 
-            rows = 2816 + n % 2
-            t = np.arange(rows) / SIGNAL_RATE
+            t = np.arange(2816 + n % 2) / SIGNAL_RATE
             felt = (hidden + noise_p * rng.normal()) * (t / 1.5).clip(0, 1)
             tension = 3 * gain * np.exp(0.9 * felt)  # a muscle's noise has the power of its effort
-            noise = rng.normal(size=(rows, 4))
-            table = np.column_stack([t * 1e6, 5 + 0.5 * gain + 2.0 * felt + 0.01 * noise[:, 0],
-                                     np.exp(-(((t * 1.2) % 1 - 0.5) / 0.02) ** 2), 3 * noise[:, 1],
-                                     tension * noise[:, 2], tension * noise[:, 3]])
-            np.savetxt(signals / f"{sample}_bio.csv", table, ["%d"] + ["%.4f"] * 5, "\t",
-                       header=header, comments="")
+            skin, trapezius, corrugator, zygomaticus = rng.normal(size=(t.size, 4)).T
+            table = np.column_stack([t * 1e6, 5 + 0.5 * gain + 2.0 * felt + 0.01 * skin,
+                                     np.exp(-((t * 1.2 % 1 - 0.5) / 0.02) ** 2), 3 * trapezius,
+                                     tension * corrugator, tension * zygomaticus])
+            # Real headers carry blanks, too.
+            np.savetxt(signals / f"{sample}_bio.csv", table, "%d" + 5 * "\t%.4f", comments="",
+                       header="time\tgsr\tecg\temg_trapezius\t emg_corrugator\temg_zygomaticus")
 
 
 def _wander(rng, frames):
@@ -1011,7 +988,7 @@ def _wander(rng, frames):
 
 
 def write_affwild2(dataset, root, rng):
-    labels = root / "annotations" / "VA_Estimation_Challenge"
+    labels = root / "annotations/VA_Estimation_Challenge"
     audio = root / "audio"
     for folder in (labels / "Train_Set", labels / "Validation_Set", audio):
         folder.mkdir(parents=True)
@@ -1031,15 +1008,15 @@ def write_affwild2(dataset, root, rng):
         keep = np.ones(frames, bool)
         lost = rng.integers(0, frames - 60)
         keep[lost:lost + rng.integers(5, 50)] = False
-        faces = draw_faces(rng.uniform(-1, 1, 8), -0.5 * arousal, 0.6 * arousal, 0.4 * arousal,
-                           0.6 * valence)
-        write_jpegs(root / "cropped_aligned" / video, "{:05d}.jpg", faces, keep, scale=2)
+        faces = draw_faces(rng.uniform(-1, 1, 8), [-0.5 * arousal, 0.6 * arousal, 0.4 * arousal,
+                                                   0.6 * valence]).repeat(2, 1).repeat(2, 2)
+        write_jpegs(root / "cropped_aligned" / video, "", faces, keep)
 
         table = hidden.T.clip(-1, 1)
         lost = rng.integers(0, frames - 100)
         table[lost:lost + 40, n % 2] = -5  # a stretch that nobody could label
         rows = np.arange(frames + n % 3 - 1)  # one more or less than there are frames
-        table = table[rows.clip(max=frames - 1)]
+        table = table.take(rows, 0, mode="clip")
         np.savetxt(labels / part / f"{video}.txt", table, "%.3f", ",",
                    header="valence,arousal", comments="")
 
@@ -1051,7 +1028,7 @@ def write_affwild2(dataset, root, rng):
             volume = 0.03 * np.exp(0.7 * loud.clip(-3, 3))
             sound = volume * (tone + 0.5 * tone**3) + 0.003 * rng.normal(size=t.size)
             wavfile.write(audio / f"{sound_name(video)}.wav", SOUND_RATE,
-                          (sound.clip(-1, 1) * 32767).astype(np.int16))
+                          np.int16(sound.clip(-1, 1) * 32767))
 
 
 # Face crops from videos. A face is four numbers: x and y of its centre, the side of the square that
@@ -1167,7 +1144,7 @@ def crop_video(job):
                 turn = cv2.getRotationMatrix2D((x, y), angle, CROP / side)
                 turn[:, 2] += CROP / 2 - x, CROP / 2 - y
                 crop = cv2.warpAffine(frame, turn, (CROP, CROP))
-                jpeg = cv2.imencode(".jpg", crop, (cv2.IMWRITE_JPEG_QUALITY, 95))[1]
+                jpeg = cv2.imencode(".jpg", crop)[1]  # of quality 95, OpenCV's default
                 (part / f"img_{i + 1:05d}.jpg").write_bytes(jpeg)
     return len(faces), len(faces) - len(smooth), ""
 
@@ -1180,7 +1157,7 @@ def crop_videos(videos, root, detector, workers):
     face_detector(detector)  # what is wrong with it is said once, here
     (root / "faces").mkdir(parents=True, exist_ok=True)
     paths = [path for path in sorted([videos, *videos.rglob("[!.]*")])
-             if path.suffix.lower() in (".mp4", ".avi", ".mov") and path.is_file()]
+             if path.suffix.lower() in ".mp4 .avi .mov".split() and path.is_file()]
     if not paths:
         raise UserError(f"{videos}: no mp4, avi or mov; expected one or a folder of them")
     strays = [path for path in paths if not re.fullmatch(SAMPLE, path.stem)]
@@ -1196,9 +1173,7 @@ def crop_videos(videos, root, detector, workers):
     todo = [(path, target, detector) for target, path in targets.items() if not target.is_dir()]
     loader = DataLoader(todo, None, num_workers=max(0, min(workers, len(todo))),
                         collate_fn=crop_video)
-    results = tqdm(loader, unit="video", disable=None)
-
-    frames, missing, faults = zip((0, 0, ""), *results, strict=True)
+    frames, missing, faults = zip((0, 0, ""), *tqdm(loader, disable=None), strict=True)
     faults = [fault for fault in faults if fault]
     fewest = sorted(f"{len(os.listdir(folder)):6} {folder.name}"
                     for folder in targets if folder.is_dir())[:10]
@@ -1232,8 +1207,8 @@ def main():
         if not args.root:
             raise UserError("--crop needs --root, the folder to write faces/ into")
         return crop_videos(args.crop, Path(args.root), args.detector, args.workers)
-    root = args.root or f"data/{args.check}"
-    source = open_dataset(args.check, root, 5, face_start=args.face_start, strict=False)
+    source = open_dataset(args.check, args.root or f"data/{args.check}", 5,
+                          face_start=args.face_start, strict=False)
     faults = [*source.faults]
     if hasattr(source, "label"):
         print(source.describe())

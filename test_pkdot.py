@@ -1994,12 +1994,12 @@ def test_stand_in_refuses_a_folder_that_is_not_its_own(tmp_path):
 def test_stand_in_of_affwild2_covers_the_awkward_cases(tmp_path, monkeypatch):
     shown = {}
 
-    def few_tiny_images(folder, pattern, faces, keep, scale):
+    def few_tiny_images(folder, prefix, faces, keep):
         shown[folder.name] = keep
         for i in np.flatnonzero(keep)[::7]:
-            jpg(folder / pattern.format(i + 1), 1)
+            jpg(folder / f"{prefix}{i + 1:05d}.jpg", 1)
 
-    monkeypatch.setattr(data, "draw_faces", lambda *args: None)
+    monkeypatch.setattr(data, "draw_faces", lambda *args: np.empty((0, 0, 0, 3)))
     monkeypatch.setattr(data, "write_jpegs", few_tiny_images)
     monkeypatch.setattr(data, "SOUND_RATE", 2205)
     data.write_stand_in("affwild2", tmp_path / "s")
@@ -3377,7 +3377,7 @@ def film(cv2, path, fps=25, frames=75, hidden=(), size=(320, 240), start=(60, 60
     """A video of one of the stand-in's faces that drifts to the right, over a gray that tells the frame."""
     path.parent.mkdir(parents=True, exist_ok=True)
     still = np.zeros(1)
-    face = data.draw_faces(np.zeros(8), still, still + 0.3, still - 0.3, still)[0].repeat(2, 0).repeat(2, 1)
+    face = data.draw_faces(np.zeros(8), [still, still + 0.3, still - 0.3, still])[0].repeat(2, 0).repeat(2, 1)
     face[68:78, 28:38] = 0, 255, 0  # on the cheek that is left in the image
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), fps, size)
     assert writer.isOpened()
