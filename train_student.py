@@ -347,8 +347,8 @@ def teacher_data(teacher, args):
     return features, fold_of(features, settings, dense=True)
 
 
-CHOICES = ("method", "k", "epsilon", "debias", "anchors", "shared", "transport",
-           "hallucinate", "batch_size", "lr", "epochs", "finetune", "select", "seed", "amp")
+CHOICES = """method k epsilon debias anchors shared transport hallucinate
+             batch_size lr epochs finetune select seed amp""".split()
 
 
 def identity(args, teacher):
@@ -395,16 +395,14 @@ def student_output(state, source, index, args):
     student.load_state_dict(state["model"])
     student.to(args.device).eval()
     amp = settings["student_amp"]
-    batches = dealt(torch.arange(len(index)).split(32), args)
-    loader = clip_loader(source, "visual", index, batches, args)
 
     def forward(clips):
         with autocast(args, amp if settings["student_finetune"] else settings["amp"]):
-            features = student.backbone(clips.to(args.device))
+            features = student.backbone(clips)
         with autocast(args, amp):
             return student.fuse(features.float()).output
 
-    return train_teacher.answers(forward, bar(loader, "faces"), args)
+    return train_teacher.clip_answers(forward, source, "visual", index, settings, args)
 
 
 def evaluate(args):
@@ -617,11 +615,9 @@ FIGURES = {
         epsilon 1     | --epsilon 1
         epsilon 10    | --epsilon 10""", ("epsilon 0.1", "")),  # the paper's
     "labels": table_of("Figure labels: number of labelled training samples (not in the paper)", [
-        BIOVID_A._replace(series="none", flags="--method none"),
-        BIOVID_A._replace(series="cosine", flags="--method cosine"),
-        BIOVID_A._replace(series="KL", flags="--method kl"),
-        BIOVID_A._replace(series="PKDOT"),
-        BIOVID_A._replace(series="PKDOT shared", flags="--shared-anchors")], """
+        BIOVID_A._replace(series=name, flags=flags) for name, flags in {
+            "none": "--method none", "cosine": "--method cosine", "KL": "--method kl",
+            "PKDOT": "", "PKDOT shared": "--shared-anchors"}.items()], """
         labels 20  | --labelled 20
         labels 60  | --labelled 60
         labels 200 | --labelled 200
@@ -660,7 +656,7 @@ def fill(table, args):
     cells = empty_cells(table, args)
     notes = []
     problems = []
-    jobs = []  # a cell's runs, which of them, and a student that it is chosen from
+    jobs = []  # a cell's runs, which of them, and a student that it is chosen from: teacher, flags
 
     @functools.cache
     def teachers_of(**which):
@@ -686,24 +682,24 @@ def fill(table, args):
 
             # a student for each seed, and for each lambda to choose from
             for seed, lam in product(range(args.seed, args.seed + args.seeds), flags.lambdas):
-                student = teacher, with_flags(flags, seed=seed, lam=lam)
-                jobs.append((runs, (settings["fold"], seed), student))
+                student = with_flags(flags, seed=seed, lam=lam)
+                jobs.append((runs, (settings["fold"], seed), teacher, student))
 
-    known = train_missing([student for *_, student in jobs], args, problems)
-    for runs, run, student in jobs:
-        line = student_of(*student, known)
+    known = train_missing(jobs, args, problems)
+    for runs, run, teacher, student in jobs:
+        line = student_of(teacher, student, known)
         if line and (run not in runs or line["validation"] > runs[run]["validation"]):
             runs[run] = line
     return cells, notes, dict.fromkeys(problems)
 
 
-def train_missing(students, args, problems):
-    """Trains those of the students, (teacher, flags), that results.jsonl lacks, each rank its
-    share; returns the lines that all wrote."""
+def train_missing(jobs, args, problems):
+    """Trains the students of `fill`'s jobs that results.jsonl lacks, each rank its share; returns
+    the lines that all wrote."""
     results = args.out / "results.jsonl"
     known = [] if args.fresh else read_results(results)
     missing = {json.dumps(identity(flags, teacher)): (teacher, flags)
-               for teacher, flags in students if not student_of(teacher, flags, known)}
+               for *_, teacher, flags in jobs if not student_of(teacher, flags, known)}
     for teacher, flags in deal_out(list(missing.values()), "students", args):
         try:
             distil(teacher, alone(flags), keep_student=False)
@@ -714,9 +710,8 @@ def train_missing(students, args, problems):
 
 def student_of(teacher, args, known):
     """The last of the results lines that are a student's of these flags, or None."""
-    settings = {key: teacher["settings"][key] for key in ("dataset", "synthetic", "fold")}
-    wanted = (settings | {"role": "student"} | identity(args, teacher)).items()
-    return next((line for line in reversed(known) if wanted <= line.items()), None)
+    wanted = teacher["settings"] | {"role": "student"} | identity(args, teacher)
+    return next((line for line in reversed(known) if wanted.items() <= line.items()), None)
 
 
 def teacher_settings(args):
@@ -923,9 +918,10 @@ def for_features(table, args):
     """A table's comparison on a features file: the same rows, the file's own metric, no number of
     the paper's."""
     settings, _ = make_settings(args.dataset, args.root)
-    affect, stem = settings["task"] == "regression", Path(args.root).stem
-    columns = [column._replace(name=f"{stem} {metric}", dataset="features", metric=metric)
-               for metric in (["valence", "arousal"] if affect else ["accuracy"])
+    metrics = ["valence", "arousal"] if settings["task"] == "regression" else ["accuracy"]
+    columns = [column._replace(name=f"{Path(args.root).stem} {metric}", dataset="features",
+                               metric=metric)
+               for metric in metrics
                for column in table.columns if column.name == table.columns[0].name]
     rows = [row._replace(paper={}) for row in table.rows if row.flags is not None]
     title = table.title.partition(",")[0]  # without the data set
@@ -954,10 +950,7 @@ def print_table(args):
     if args.rank > 0:
         return
     print(format_table(table, cells, args), *notes, sep="\n")
-    seconds = {id(line): line["seconds"] for line in lines_of(cells)
-               if "seconds" in line}.values()  # two metrics of one run are one student
-    print(f"\n{time.time() - begin:.0f} s on {args.device}, torch {torch.__version__}; "
-          f"{len(seconds)} students took {sum(seconds):.0f} s, whenever trained")
+    print(f"\n{time.time() - begin:.0f} s on {args.device}, torch {torch.__version__}")
     if not lines_of(cells):
         raise UserError("; ".join(problems))
     for problem in problems:
@@ -980,12 +973,12 @@ def draw_figure(table, cells, args):
     save_figure(table.title, synthetic, ".csv", write, draw, args)
 
 
-def draw_lines(table, points, plot):
+def draw_lines(table, points, figure):
     """A row of two axes for each unit: the scores, and the differences to the reference."""
     _, columns, rows, reference = table
     units = dict.fromkeys(column.unit for column in columns)  # valence and arousal share one
-    figure, axes = plot.subplots(len(units), 2, squeeze=False, layout="constrained",
-                                 figsize=(10, 4 * len(units)))
+    figure.set_size_inches(10, 4 * len(units))
+    axes = figure.subplots(len(units), 2, squeeze=False)
     panels = dict(zip(units, axes, strict=True))
     x = [row.label.split()[-1] for row in rows]
     for column in columns:
@@ -1000,11 +993,10 @@ def draw_lines(table, points, plot):
     for axis in axes.flat:
         axis.set_xlabel(rows[0].label.rpartition(" ")[0])
         axis.legend(fontsize="small")
-    return figure
 
 
 def save_figure(title, synthetic, ending, write, draw, args):
-    """The numbers of a figure, by write(path), and its png, of draw(pyplot), if matplotlib is
+    """The numbers of a figure, by write(path), and its png, by draw(figure), if matplotlib is
     installed."""
     source = Path(args.root).stem if args.dataset == "features" else args.dataset
     parts = [f"figure{args.figure}", source, "synthetic" * synthetic]
@@ -1013,12 +1005,14 @@ def save_figure(title, synthetic, ending, write, draw, args):
         write(part)
     print(path)
     try:
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
         print("matplotlib is not installed: no png")
         return
-    figure, path = draw(pyplot), path.with_suffix(".png")
+    figure = Figure(layout="constrained")
     figure.suptitle("SYNTHETIC DATA - " * synthetic + title)
+    draw(figure)
+    path = path.with_suffix(".png")
     with data.replacing(path) as part:
         figure.savefig(part, dpi=90)
     print(path)
@@ -1059,10 +1053,11 @@ def figure_5(args):
     save_figure(title, settings["synthetic"], ".npz", lambda path: np.savez(path, **S), draw, args)
 
 
-def draw_matrices(S, label, names, plot):
+def draw_matrices(S, label, names, figure):
     """The similarity matrices side by side; label (b,) and names say where each class lies, labels
     (b, L, 2) have none."""
-    figure, axes = plot.subplots(1, len(S), figsize=(3.2 * len(S), 3.6), layout="constrained")
+    figure.set_size_inches(3.2 * len(S), 3.6)
+    axes = figure.subplots(1, len(S))
     for axis, (title, matrix) in zip(axes, S.items(), strict=True):
         image = axis.imshow(matrix.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         axis.set(title=title, xlabel="training samples")
@@ -1077,7 +1072,6 @@ def draw_matrices(S, label, names, plot):
             axis.axvline(edge, color="black", lw=0.8)
             axis.axhline(edge, color="black", lw=0.8)
     figure.colorbar(image, ax=axes, label="cosine similarity (Eq. 4)", shrink=0.8)
-    return figure
 
 
 def parse(argv=None, namespace=None):
@@ -1173,7 +1167,7 @@ def tabulate(args):
 def distil_folds(args):
     """The students that a command without --table asks for; of several folds each rank has some."""
     default = vars(parse([]))
-    others = "labelled", "folds", "classes", "seeds", "fresh", "hallucinate", "role", "student"
+    others = "labelled folds classes seeds fresh hallucinate role student".split()
     if any(vars(args)[key] != default[key] for key in others):
         raise UserError("--labelled, --folds and --classes are a teacher's: give them to "
                         "train_teacher.py; --seeds, --fresh, --hallucinate and --role are for "
