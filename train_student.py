@@ -12,7 +12,6 @@ The student is the visual backbone of stage 1 (frozen, unless --finetune), the f
 2 and a fresh fusion head of the teacher's architecture, trained with L = L_gt + lambda W (Eq. 9).
 """
 import csv
-import functools
 import json
 import math
 import os
@@ -20,6 +19,7 @@ import statistics
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
+from functools import cache, partial
 from itertools import product, starmap
 from pathlib import Path
 from typing import NamedTuple
@@ -138,10 +138,11 @@ def distil(teacher, args, keep_student=True, watch=None):
         inputs = student_inputs(*seen, windows.index, batches, args)
         return train_teacher.answers(lambda x: getattr(forward(network, x), part), inputs, args)
 
+    epochs = choice["epochs"]
     fault = None
     if watch:
         watch(0, predict)
-    for epoch in bar(range(first, choice["epochs"]), f"{args.method} fold {settings['fold']}"):
+    for epoch in bar(range(first, epochs), f"{args.method} fold {settings['fold']}"):
         # one epoch; the last batch is dropped, since S wants b rows
         seed_all(args.seed, 3, epoch + 1)
         batches = torch.randperm(samples)[:samples - samples % b].split(b)
@@ -157,14 +158,22 @@ def distil(teacher, args, keep_student=True, watch=None):
         # select: val, held-out training groups choose the epoch; test, the test fold does (the
         # release); last, nothing
         trained.eval()
-        chosen_on = fold.test if args.select == "test" else fold.val
+        part = "test" if args.select == "test" else "val"
+        chosen_on = getattr(fold, part)
         found = score(features, chosen_on, predict(chosen_on))
         before = None if args.select == "last" else best
         best = better(before, criterion(found), epoch, trained)
 
-        # keep
+        # keep; the two terms of every epoch go to log.jsonl, those of ten to the screen
         if keep_student and args.rank == 0:
-            log_epoch(run, args, choice["epochs"], epoch, *means, found)
+            loss_gt, W = means
+            lambda_w = args.lam * W
+            append_line(run / "log.jsonl", dict(
+                stage="student", method=args.method, seed=args.seed, epoch=epoch + 1,
+                loss_gt=loss_gt, w=W, lambda_w=lambda_w, **found))
+            if epoch % max(epochs // 10, 1) == 0 or epoch + 1 == epochs:
+                tqdm.write(f"epoch {epoch + 1:3d}  L_gt {loss_gt:.4f}  lambda W {lambda_w:.4f}  "
+                           f"{part} {show(found)}")
             train_teacher.keep_progress(progress, saved_as, epoch, trained, optimizer, best)
         if watch:
             watch(epoch + 1, predict)
@@ -284,18 +293,6 @@ def make_student(teacher, args, with_backbone):
     return student, trained.requires_grad_(True)
 
 
-def log_epoch(run, args, epochs, epoch, loss_gt, W, found):
-    """Task and OT terms apart: every epoch to log.jsonl, ten of them to the screen."""
-    lambda_w = args.lam * W
-    append_line(run / "log.jsonl", dict(
-        stage="student", method=args.method, seed=args.seed, epoch=epoch + 1,
-        loss_gt=loss_gt, w=W, lambda_w=lambda_w, **found))
-    if epoch % max(epochs // 10, 1) == 0 or epoch + 1 == epochs:
-        part = "test" if args.select == "test" else "val"
-        tqdm.write(f"epoch {epoch + 1:3d}  L_gt {loss_gt:.4f}  lambda W {lambda_w:.4f}  "
-                   f"{part} {show(found)}")
-
-
 def open_faces(settings, args, folder=None, whole=False):
     """What a run's student looks at, without anything privileged unless a features file is read as
     a whole: the data set that it was trained on, or the unlabelled faces in a folder. A features
@@ -361,7 +358,7 @@ def identity(args, teacher):
     return choice | {"teacher": teacher["weights"], "code": code_digest()}
 
 
-@functools.cache  # the code that runs is the code that was imported, whatever is edited meanwhile
+@cache  # the code that runs is the code that was imported, whatever is edited meanwhile
 def code_digest():
     return fingerprint({name: Path(__file__).with_name(name).read_bytes()
                         for name in ("sinkhorn.py", "pkdot.py", "models.py")})
@@ -432,7 +429,8 @@ def samples_of(source, windows):
 
 def class_names(settings):
     """BL1, PA1 ... of BioVid; other classes have numbers."""
-    outputs, biovid = settings["outputs"], settings["dataset"] in data.BioVid.COLUMN
+    outputs = settings["outputs"]
+    biovid = settings["dataset"] in data.BioVid.COLUMN
     return data.BioVid.LEVELS[outputs] if biovid else range(outputs)
 
 
@@ -448,7 +446,8 @@ def predict(args):
     output = student_output(state, source, index, args)
 
     if settings["task"] == "regression":  # each clip once, in their order
-        header, names = ["clip", "valence", "arousal"], source.name
+        header = ["clip", "valence", "arousal"]
+        names = source.name
         rows, values = index[keep], output[keep]
     else:
         header = ["sample", *(f"p({name})" for name in class_names(settings))]
@@ -488,14 +487,14 @@ class Column(NamedTuple):
 class Row(NamedTuple):
     label: str
     flags: str | None  # of its student; None: others' work, not run
-    paper: dict = {}  # the numbers as the paper prints them, by column
+    paper: dict  # the numbers as the paper prints them, by column
 
 
 class Table(NamedTuple):
     title: str
     columns: list
     rows: list
-    reference: tuple | None = None  # of a figure: row (None: the same) and series to compare to
+    reference: tuple | None  # of a figure: row (None: the same) and series to compare to
 
 
 class Cell(NamedTuple):
@@ -658,7 +657,7 @@ def fill(table, args):
     problems = []
     jobs = []  # a cell's runs, which of them, and a student that it is chosen from: teacher, flags
 
-    @functools.cache
+    @cache
     def teachers_of(**which):
         flags = with_flags(args, **which)
         try:
@@ -760,9 +759,11 @@ def interval(ours, theirs):
         other = theirs.get((fold, seed), theirs.get((fold, None)))
         if other is not None:
             by_fold.setdefault(fold, []).append(value - other)
-    sample, shared = [statistics.mean(d) for d in by_fold.values()], 1 / 4
+    sample = [statistics.mean(d) for d in by_fold.values()]
+    shared = 1 / 4
     if len(sample) == 1:
-        (sample,), shared = by_fold.values(), 0
+        (sample,) = by_fold.values()
+        shared = 0
     if len(sample) < 2:
         return None
     error = math.sqrt((1 / len(sample) + shared) * statistics.variance(sample))
@@ -896,9 +897,9 @@ def format_table(table, cells, args):
         text.append(f"| {' | '.join(shown)} |")
 
     text.append("")
-    sizes = {(line["batch_size"], line["b"]) for line in lines if "b" in line}
-    text += [f"- fewer than {size} training samples: there batch size {size} is b = {b}"
-             for size, b in sorted(sizes) if b < size]
+    text += dict.fromkeys(
+        "- fewer than {batch_size} training samples: there batch size {batch_size} is b = {b}"
+        .format_map(line) for line in lines if "b" in line and line["b"] < line["batch_size"])
     differences = list(format_gaps(table, cells, points))
     text += [*format_lambdas(cells), *differences]
     return "\n".join(text + [CAPTION] * bool(differences))
@@ -962,14 +963,15 @@ def print_table(args):
 def draw_figure(table, cells, args):
     """Figures 6, 7 and labels as csv, and as png: the scores, and beside them the paired
     differences to a common reference with their band."""
-    points, synthetic = points_of(table, cells), is_synthetic(cells)
+    points = points_of(table, cells)
+    synthetic = is_synthetic(cells)
     lines = [[*key, *point, "SYNTHETIC" * synthetic] for key, point in points.items()]
 
     def write(path):
         with open(path, "w", newline="") as file:
             csv.writer(file).writerows([["row", "column", *Point._fields, "data"], *lines])
 
-    draw = functools.partial(draw_lines, table, points)
+    draw = partial(draw_lines, table, points)
     save_figure(table.title, synthetic, ".csv", write, draw, args)
 
 
@@ -1030,7 +1032,8 @@ def figure_5(args):
     for line in note:
         print(line)
     args = alone(args)
-    settings, epochs = teacher["settings"], identity(args, teacher)["epochs"]
+    settings = teacher["settings"]
+    epochs = identity(args, teacher)["epochs"]
     features, fold = teacher_data(teacher, args)
 
     train = fold.train.take(fold.train.labelled)
@@ -1049,12 +1052,12 @@ def figure_5(args):
         print(f"{name}: mean similarity {matrix.mean():.3f}, "
               f"mean |S - S_teacher| {(matrix - S['teacher']).abs().mean():.3f}")
     title = f"Figure 5: similarity matrices, {args.dataset} fold {settings['fold']}"
-    draw = functools.partial(draw_matrices, S, train.label, class_names(settings))
+    draw = partial(draw_matrices, S, train.label, class_names(settings))
     save_figure(title, settings["synthetic"], ".npz", lambda path: np.savez(path, **S), draw, args)
 
 
 def draw_matrices(S, label, names, figure):
-    """The similarity matrices side by side; label (b,) and names say where each class lies, labels
+    """The similarity matrices side by side; label (b,) and names say where each class ends, labels
     (b, L, 2) have none."""
     figure.set_size_inches(3.2 * len(S), 3.6)
     axes = figure.subplots(1, len(S))
@@ -1065,12 +1068,11 @@ def draw_matrices(S, label, names, figure):
             axis.set_ylabel("sorted by valence")
             continue
         level, count = label.unique_consecutive(return_counts=True)
-        end, shown = count.cumsum(0) - 0.5, [names[i] for i in level]
-        axis.set_xticks(end - count / 2, shown)
-        axis.set_yticks(end - count / 2, shown, rotation=90, va="center")
-        for edge in end[:-1]:
-            axis.axvline(edge, color="black", lw=0.8)
-            axis.axhline(edge, color="black", lw=0.8)
+        end = count.cumsum(0) - 0.5
+        shown = [names[i] for i in level]
+        axis.set_xticks(end, shown, ha="right")
+        axis.set_yticks(end, shown, rotation=90, va="bottom")
+        axis.grid(color="black", lw=0.8)
     figure.colorbar(image, ax=axes, label="cosine similarity (Eq. 4)", shrink=0.8)
 
 
@@ -1078,7 +1080,8 @@ def parse(argv=None, namespace=None):
     """The flags in argv; those that it leaves out are the namespace's, if there is one."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    count, number = at_least(1), at_least(0, float)
+    count = at_least(1)
+    number = at_least(0, float)
     add("--teacher", type=Path, metavar="FILE", help="default: the newest teacher.pt under --out")
     add("--fold", nargs="+", choices=[*"12345", "all"],
         help="the teacher's siblings of these folds; of a table, its folds (default all)")
@@ -1098,7 +1101,7 @@ def parse(argv=None, namespace=None):
         help=f"default {EPOCHS} (the release's); {STAND_IN_EPOCHS} on a stand-in")
     add("--finetune", action=BooleanOptionalAction, default=False,
         help="train the visual backbone too, from video")
-    add("--chunk", type=count, metavar="C",
+    add("--chunk", type=count,
         help="--finetune: clips that pass the backbone at a time; less memory, the same gradient")
     add("--select", choices=("val", "test", "last"), default="val", help="what chooses the epoch: "
         "held-out training subjects (default), the test fold (the release), or nothing")
@@ -1114,7 +1117,7 @@ def parse(argv=None, namespace=None):
     add("--student", type=Path, metavar="STUDENT.pt", help="for --predict")
     add("--dataset", choices=data.DATASETS, help="the newest teacher's; of a table its columns")
     add("--seeds", type=count, default=1, help="tables and figures: students a fold")
-    add("--labelled", type=count, metavar="N", help="tables and figures: of the teachers")
+    add("--labelled", type=count, help="tables and figures: of the teachers")
     add("--folds", choices=("subjects", "clips"), help="tables and figures: of the teachers")
     add("--classes", type=int, choices=(2, 5), help="tables and figures: of the teachers")
     add("--fresh", action="store_true", help="tables and figures: train the students again")
