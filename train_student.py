@@ -862,17 +862,7 @@ def is_synthetic(cells):
     return any(line["synthetic"] for line in lines_of(cells))
 
 
-def changed_flags(cells, args):
-    """What the command changes for all cells: ["k 10", "folds clips"]. What a figure varies, each
-    of its cells sets."""
-    first, *_ = cells.values()
-    here, given = vars(first.flags), vars(args)
-    return [f"{key} {here[key]}" for key, default in vars(parse([])).items()
-            if key in (*CHOICES, "lambdas", "labelled", "folds")
-            and here[key] == given[key] != default]
-
-
-def format_table(table, cells, args):
+def format_table(table, cells):
     """The table in Markdown: for each column the paper's number and ours, then the paired
     differences, and what they say."""
     title, columns, rows, _ = table
@@ -882,8 +872,6 @@ def format_table(table, cells, args):
     for dataset in dict.fromkeys(column.dataset for column in columns):
         heads = sorted({line["fusion"] for line in lines if line["dataset"] == dataset})
         text.append(f"{TABLE_I[dataset]}, fusion {' and '.join(heads) or '-'}")
-    if changed := changed_flags(cells, args):
-        text.append(f"with {', '.join(changed)}")
 
     published = any(row.paper for row in rows)
     heads = [f"{column.heading}{': paper | here' * published}" for column in columns]
@@ -950,7 +938,7 @@ def print_table(args):
     cells, notes, problems = fill(table, args)
     if args.rank > 0:
         return
-    print(format_table(table, cells, args), *notes, sep="\n")
+    print(f"{' '.join(sys.argv)}\n", format_table(table, cells), *notes, sep="\n")
     print(f"\n{time.time() - begin:.0f} s on {args.device}, torch {torch.__version__}")
     if not lines_of(cells):
         raise UserError("; ".join(problems))
