@@ -297,7 +297,9 @@ def open_faces(settings, args, folder=None, whole=False):
     """What a run's student looks at, without anything privileged unless a features file is read as
     a whole: the data set that it was trained on, or the unlabelled faces in a folder. A features
     file may be another one, of the same shape."""
-    kind, length, size = (settings[key] for key in ("dataset", "length", "image_size"))
+    kind = settings["dataset"]
+    length = settings["length"]
+    size = settings["image_size"]
     root = folder or args.root or settings["root"]
     start = settings["face_start"] if args.face_start is None else args.face_start
     if kind == "features":
@@ -375,14 +377,13 @@ def chosen_teachers(args):
     name = (args.dataset or "*") + "-synthetic" * args.synthetic
     path = args.teacher or next(iter(teachers_under(args.out, name)), None)
     if not path:
-        raise UserError(f"{args.out}: no {name}/*/fold*/teacher.pt in it; "
-                        "run train_teacher.py first")
+        raise UserError(f"{args.out}: no {name}/*/fold*/teacher.pt; run train_teacher.py first")
     variant = path.parent.parent
     if not args.fold:
         return [path]
     if "all" in args.fold:
         return sorted(variant.glob("fold*/teacher.pt"))
-    return [variant / f"fold{fold}" / "teacher.pt" for fold in args.fold]
+    return [variant / f"fold{fold}/teacher.pt" for fold in args.fold]
 
 
 def student_output(state, source, index, args):
@@ -405,7 +406,8 @@ def student_output(state, source, index, args):
 def evaluate(args):
     """Test score of a saved student, from the faces alone: no privileged file is opened."""
     state = load(args.evaluate, "student")
-    settings, wanted = state["settings"], state["test_names"]
+    settings = state["settings"]
+    wanted = state["test_names"]
     source = open_faces(settings, args)
     missing = sorted(set(wanted) - set(source.name))
     if missing:
@@ -643,8 +645,8 @@ def empty_cells(table, args):
     """{(row, column): Cell} of a table, by label and heading, none of them run."""
     cells = {}
     for row, column in product(table.rows, table.columns):
-        line = f"{column.flags} {row.flags or ''}".split()
-        flags = parse(line, with_flags(args, dataset=column.dataset))  # added to the command's
+        line = f"--dataset {column.dataset} {column.flags} {row.flags or ''}".split()
+        flags = parse(line, with_flags(args))  # added to the command's
         cells[row.label, column.heading] = Cell(row, column, flags, {})
     return cells
 
@@ -913,8 +915,8 @@ def for_features(table, args):
                for metric in metrics
                for column in table.columns if column.name == table.columns[0].name]
     rows = [row._replace(paper={}) for row in table.rows if row.flags is not None]
-    title = table.title.partition(",")[0]  # without the data set
-    return table._replace(title=title, columns=columns, rows=rows)
+    # the title without its data set
+    return table._replace(title=table.title.partition(",")[0], columns=columns, rows=rows)
 
 
 def choose_table(args):
@@ -1025,7 +1027,8 @@ def figure_5(args):
     features, fold = teacher_data(teacher, args)
 
     train = fold.train.take(fold.train.labelled)
-    train = train.take(torch.linspace(0, len(train.index) - 1, min(len(train.index), 128)).long())
+    count = len(train.index)
+    train = train.take(torch.linspace(0, count - 1, min(count, 128)).long())
     rank = train.label if train.label.ndim == 1 else train.label[..., 0].nanmean(1)
     train = train.take(rank.argsort(stable=True))
     z_t = teacher_answers(teacher, features, train.index).z
@@ -1070,15 +1073,15 @@ def parse(argv=None, namespace=None):
     add = parser.add_argument
     count = at_least(1)
     number = at_least(0, float)
-    add("--teacher", type=Path, metavar="FILE", help="default: the newest teacher.pt under --out")
+    add("--teacher", type=Path, help="default: the newest teacher.pt under --out")
     add("--fold", nargs="+", choices=[*"12345", "all"],
         help="the teacher's siblings of these folds; of a table, its folds (default all)")
     add("--method", choices=METHODS, default="pkdot", help="default pkdot")
     add("--lambda", dest="lambdas", type=number, nargs="+", default=[0.4],
         help="weight of W in Eq. 9; default 0.4; a table chooses among several on validation")
     add("--k", type=count, default=30, help="anchors; default 30")
-    add("--epsilon", type=at_least(1e-6, float), default=0.1, help="Eq. 5, in units of the cost "
-        "1/2 |x - y|^2; default 0.1 (the release's blur 0.1 is 0.01)")
+    add("--epsilon", type=at_least(1e-6, float), default=0.1,
+        help="Eq. 5, in units of 1/2 |x - y|^2; default 0.1 (the release's blur 0.1 is 0.01)")
     add("--no-debias", dest="debias", action="store_false", help="Eq. 5 to the letter")
     add("--anchors", choices=ANCHORS, default="dissimilar", help="default dissimilar, the paper's")
     add("--shared-anchors", dest="shared", action="store_true",
@@ -1091,8 +1094,8 @@ def parse(argv=None, namespace=None):
         help="train the visual backbone too, from video")
     add("--chunk", type=count,
         help="--finetune: clips that pass the backbone at a time; less memory, the same gradient")
-    add("--select", choices=("val", "test", "last"), default="val", help="what chooses the epoch: "
-        "held-out training subjects (default), the test fold (the release), or nothing")
+    add("--select", choices=("val", "test", "last"), default="val",
+        help="what chooses the epoch: held-out groups (default), the test fold (the release), none")
     train_teacher.add_common_flags(parser)
     job = parser.add_mutually_exclusive_group().add_argument
     job("--evaluate", type=Path, metavar="STUDENT.pt",
@@ -1171,7 +1174,8 @@ def distil_folds(args):
         args = alone(args)
     for path in paths:
         teacher = open_teacher(path)
-        settings, found = teacher["settings"], teacher["scores"]
+        settings = teacher["settings"]
+        found = teacher["scores"]
         if args.root and not args.finetune and str(Path(args.root)) != settings["root"]:
             raise UserError(f"{path}: is a teacher of {settings['root']}, not of {args.root}; "
                             "train one on it, or leave --root out")
