@@ -711,8 +711,9 @@ def train_missing(jobs, args, problems):
 
 def student_of(teacher, args, known):
     """The last of the results lines that are a student's of these flags, or None."""
-    wanted = teacher["settings"] | {"role": "student"} | identity(args, teacher)
-    return next((line for line in reversed(known) if wanted.items() <= line.items()), None)
+    settings = {key: teacher["settings"][key] for key in ("dataset", "synthetic", "fold")}
+    wanted = (settings | {"role": "student"} | identity(args, teacher)).items()
+    return next((line for line in reversed(known) if wanted <= line.items()), None)
 
 
 def teacher_settings(args):
