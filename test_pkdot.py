@@ -3096,7 +3096,7 @@ def test_the_interval_over_five_folds_is_nadeau_and_bengios():
     assert train_student.interval(ours, theirs) == pytest.approx((3, 3 - 2.944869, 3 + 2.944869), abs=1e-5)
     folds = "intervals over folds are corrected for\nthe training data that folds share (Nadeau and Bengio 2003)."
     table = train_student.TABLES["5"]
-    text = train_student.format_table(table, cells_of(table, PKDOT=ours, none=theirs), train_student.parse([]))
+    text = train_student.format_table(table, cells_of(table, PKDOT=ours, none=theirs))
     assert text.endswith(folds) and "[+0.06, +5.94]\n" in text
 
 
@@ -3187,11 +3187,11 @@ def cells_of(table, **found):
 
 def test_a_known_table():
     """Means, standard deviations and intervals worked out by hand."""
-    table, args = train_student.TABLES["2"], train_student.parse([])
+    table = train_student.TABLES["2"]
     cells = cells_of(table,
                      PKDOT={(1, 0): 80.0, (1, 1): 82.0, (2, 0): 70.0, (2, 1): 72.0},  # mean 76, sd 5.887841
                      Cosine={(1, 0): 79.0, (1, 1): 79.0, (2, 0): 66.0, (2, 1): 66.0})  # 2 behind, and 5
-    text = train_student.format_table(table, cells, args)
+    text = train_student.format_table(table, cells)
     lines = text.splitlines()
     assert "| PKDOT | 78.76 | 76.00 ± 5.89 (2 folds x 2 seeds) | 0.43 | not run | 0.56 | not run |" in lines
     assert "| Cosine similarity [10] | 75.40 | 72.50 ± 7.51 (2 folds x 2 seeds) | 0.37 | not run | 0.53 | not run |" in lines
@@ -3203,13 +3203,13 @@ def test_a_known_table():
     assert "SYNTHETIC" not in text
     for record in cells["Cosine similarity [10]", "BioVid (B) accuracy"].runs.values():
         record["synthetic"] = True
-    assert train_student.format_table(table, cells, args).startswith("**SYNTHETIC DATA - ")
+    assert train_student.format_table(table, cells).startswith("**SYNTHETIC DATA - ")
 
 
 def test_a_difference_without_spread_is_not_called_significant():
     table = train_student.TABLES["5"]
     cells = cells_of(table, PKDOT={(1, 0): 80.0, (2, 0): 70.0}, none={(1, 0): 82.5, (2, 0): 72.5})
-    text = train_student.format_table(table, cells, train_student.parse([]))
+    text = train_student.format_table(table, cells)
     assert "-2.50, 95 % interval over folds [-2.50, -2.50], inside the noise" in text
 
 
@@ -3243,7 +3243,7 @@ def test_only_lines_with_the_same_settings_count():
 @pytest.mark.parametrize("name", [*train_student.TABLES, *train_student.FIGURES])
 def test_every_table_and_figure_prints_without_a_single_run(name):
     table = {**train_student.TABLES, **train_student.FIGURES}[name]
-    lines = train_student.format_table(table, cells_of(table), train_student.parse([])).splitlines()
+    lines = train_student.format_table(table, cells_of(table)).splitlines()
     ours = [row for row in table.rows if row.flags is not None]
     assert lines[0] == f"**{table.title}**" and len(lines) >= len(table.rows) + 2
     assert sum("not run" in row for row in lines) == len(ours)

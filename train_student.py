@@ -12,7 +12,6 @@ The student is the visual backbone of stage 1 (frozen, unless --finetune), the f
 2 and a fresh fusion head of the teacher's architecture, trained with L = L_gt + lambda W (Eq. 9).
 """
 import csv
-import functools
 import json
 import math
 import os
@@ -20,6 +19,7 @@ import statistics
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
+from functools import cache, partial
 from itertools import product, starmap
 from pathlib import Path
 from typing import NamedTuple
@@ -138,10 +138,11 @@ def distil(teacher, args, keep_student=True, watch=None):
         inputs = student_inputs(*seen, windows.index, batches, args)
         return train_teacher.answers(lambda x: getattr(forward(network, x), part), inputs, args)
 
+    epochs = choice["epochs"]
     fault = None
     if watch:
         watch(0, predict)
-    for epoch in bar(range(first, choice["epochs"]), f"{args.method} fold {settings['fold']}"):
+    for epoch in bar(range(first, epochs), f"{args.method} fold {settings['fold']}"):
         # one epoch; the last batch is dropped, since S wants b rows
         seed_all(args.seed, 3, epoch + 1)
         batches = torch.randperm(samples)[:samples - samples % b].split(b)
@@ -157,14 +158,22 @@ def distil(teacher, args, keep_student=True, watch=None):
         # select: val, held-out training groups choose the epoch; test, the test fold does (the
         # release); last, nothing
         trained.eval()
-        chosen_on = fold.test if args.select == "test" else fold.val
+        part = "test" if args.select == "test" else "val"
+        chosen_on = getattr(fold, part)
         found = score(features, chosen_on, predict(chosen_on))
         before = None if args.select == "last" else best
         best = better(before, criterion(found), epoch, trained)
 
-        # keep
+        # keep; the two terms of every epoch go to log.jsonl, those of ten to the screen
         if keep_student and args.rank == 0:
-            log_epoch(run, args, choice["epochs"], epoch, *means, found)
+            loss_gt, W = means
+            lambda_w = args.lam * W
+            append_line(run / "log.jsonl", dict(
+                stage="student", method=args.method, seed=args.seed, epoch=epoch + 1,
+                loss_gt=loss_gt, w=W, lambda_w=lambda_w, **found))
+            if epoch % max(epochs // 10, 1) == 0 or epoch + 1 == epochs:
+                tqdm.write(f"epoch {epoch + 1:3d}  L_gt {loss_gt:.4f}  lambda W {lambda_w:.4f}  "
+                           f"{part} {show(found)}")
             train_teacher.keep_progress(progress, saved_as, epoch, trained, optimizer, best)
         if watch:
             watch(epoch + 1, predict)
@@ -284,23 +293,13 @@ def make_student(teacher, args, with_backbone):
     return student, trained.requires_grad_(True)
 
 
-def log_epoch(run, args, epochs, epoch, loss_gt, W, found):
-    """Task and OT terms apart: every epoch to log.jsonl, ten of them to the screen."""
-    lambda_w = args.lam * W
-    append_line(run / "log.jsonl", dict(
-        stage="student", method=args.method, seed=args.seed, epoch=epoch + 1,
-        loss_gt=loss_gt, w=W, lambda_w=lambda_w, **found))
-    if epoch % max(epochs // 10, 1) == 0 or epoch + 1 == epochs:
-        part = "test" if args.select == "test" else "val"
-        tqdm.write(f"epoch {epoch + 1:3d}  L_gt {loss_gt:.4f}  lambda W {lambda_w:.4f}  "
-                   f"{part} {show(found)}")
-
-
 def open_faces(settings, args, folder=None, whole=False):
     """What a run's student looks at, without anything privileged unless a features file is read as
     a whole: the data set that it was trained on, or the unlabelled faces in a folder. A features
     file may be another one, of the same shape."""
-    kind, length, size = (settings[key] for key in ("dataset", "length", "image_size"))
+    kind = settings["dataset"]
+    length = settings["length"]
+    size = settings["image_size"]
     root = folder or args.root or settings["root"]
     start = settings["face_start"] if args.face_start is None else args.face_start
     if kind == "features":
@@ -347,8 +346,8 @@ def teacher_data(teacher, args):
     return features, fold_of(features, settings, dense=True)
 
 
-CHOICES = ("method", "k", "epsilon", "debias", "anchors", "shared", "transport",
-           "hallucinate", "batch_size", "lr", "epochs", "finetune", "select", "seed", "amp")
+CHOICES = """method k epsilon debias anchors shared transport hallucinate
+             batch_size lr epochs finetune select seed amp""".split()
 
 
 def identity(args, teacher):
@@ -361,7 +360,7 @@ def identity(args, teacher):
     return choice | {"teacher": teacher["weights"], "code": code_digest()}
 
 
-@functools.cache  # the code that runs is the code that was imported, whatever is edited meanwhile
+@cache  # the code that runs is the code that was imported, whatever is edited meanwhile
 def code_digest():
     return fingerprint({name: Path(__file__).with_name(name).read_bytes()
                         for name in ("sinkhorn.py", "pkdot.py", "models.py")})
@@ -378,14 +377,13 @@ def chosen_teachers(args):
     name = (args.dataset or "*") + "-synthetic" * args.synthetic
     path = args.teacher or next(iter(teachers_under(args.out, name)), None)
     if not path:
-        raise UserError(f"{args.out}: no {name}/*/fold*/teacher.pt in it; "
-                        "run train_teacher.py first")
+        raise UserError(f"{args.out}: no {name}/*/fold*/teacher.pt; run train_teacher.py first")
     variant = path.parent.parent
     if not args.fold:
         return [path]
     if "all" in args.fold:
         return sorted(variant.glob("fold*/teacher.pt"))
-    return [variant / f"fold{fold}" / "teacher.pt" for fold in args.fold]
+    return [variant / f"fold{fold}/teacher.pt" for fold in args.fold]
 
 
 def student_output(state, source, index, args):
@@ -395,22 +393,21 @@ def student_output(state, source, index, args):
     student.load_state_dict(state["model"])
     student.to(args.device).eval()
     amp = settings["student_amp"]
-    batches = dealt(torch.arange(len(index)).split(32), args)
-    loader = clip_loader(source, "visual", index, batches, args)
 
     def forward(clips):
         with autocast(args, amp if settings["student_finetune"] else settings["amp"]):
-            features = student.backbone(clips.to(args.device))
+            features = student.backbone(clips)
         with autocast(args, amp):
             return student.fuse(features.float()).output
 
-    return train_teacher.answers(forward, bar(loader, "faces"), args)
+    return train_teacher.clip_answers(forward, source, "visual", index, settings, args)
 
 
 def evaluate(args):
     """Test score of a saved student, from the faces alone: no privileged file is opened."""
     state = load(args.evaluate, "student")
-    settings, wanted = state["settings"], state["test_names"]
+    settings = state["settings"]
+    wanted = state["test_names"]
     source = open_faces(settings, args)
     missing = sorted(set(wanted) - set(source.name))
     if missing:
@@ -434,7 +431,8 @@ def samples_of(source, windows):
 
 def class_names(settings):
     """BL1, PA1 ... of BioVid; other classes have numbers."""
-    outputs, biovid = settings["outputs"], settings["dataset"] in data.BioVid.COLUMN
+    outputs = settings["outputs"]
+    biovid = settings["dataset"] in data.BioVid.COLUMN
     return data.BioVid.LEVELS[outputs] if biovid else range(outputs)
 
 
@@ -450,7 +448,8 @@ def predict(args):
     output = student_output(state, source, index, args)
 
     if settings["task"] == "regression":  # each clip once, in their order
-        header, names = ["clip", "valence", "arousal"], source.name
+        header = ["clip", "valence", "arousal"]
+        names = source.name
         rows, values = index[keep], output[keep]
     else:
         header = ["sample", *(f"p({name})" for name in class_names(settings))]
@@ -490,14 +489,14 @@ class Column(NamedTuple):
 class Row(NamedTuple):
     label: str
     flags: str | None  # of its student; None: others' work, not run
-    paper: dict = {}  # the numbers as the paper prints them, by column
+    paper: dict  # the numbers as the paper prints them, by column
 
 
 class Table(NamedTuple):
     title: str
     columns: list
     rows: list
-    reference: tuple | None = None  # of a figure: row (None: the same) and series to compare to
+    reference: tuple | None  # of a figure: row (None: the same) and series to compare to
 
 
 class Cell(NamedTuple):
@@ -617,11 +616,9 @@ FIGURES = {
         epsilon 1     | --epsilon 1
         epsilon 10    | --epsilon 10""", ("epsilon 0.1", "")),  # the paper's
     "labels": table_of("Figure labels: number of labelled training samples (not in the paper)", [
-        BIOVID_A._replace(series="none", flags="--method none"),
-        BIOVID_A._replace(series="cosine", flags="--method cosine"),
-        BIOVID_A._replace(series="KL", flags="--method kl"),
-        BIOVID_A._replace(series="PKDOT"),
-        BIOVID_A._replace(series="PKDOT shared", flags="--shared-anchors")], """
+        BIOVID_A._replace(series=name, flags=flags) for name, flags in {
+            "none": "--method none", "cosine": "--method cosine", "KL": "--method kl",
+            "PKDOT": "", "PKDOT shared": "--shared-anchors"}.items()], """
         labels 20  | --labelled 20
         labels 60  | --labelled 60
         labels 200 | --labelled 200
@@ -648,8 +645,8 @@ def empty_cells(table, args):
     """{(row, column): Cell} of a table, by label and heading, none of them run."""
     cells = {}
     for row, column in product(table.rows, table.columns):
-        line = f"{column.flags} {row.flags or ''}".split()
-        flags = parse(line, with_flags(args, dataset=column.dataset))  # added to the command's
+        line = f"--dataset {column.dataset} {column.flags} {row.flags or ''}".split()
+        flags = parse(line, with_flags(args))  # added to the command's
         cells[row.label, column.heading] = Cell(row, column, flags, {})
     return cells
 
@@ -660,9 +657,9 @@ def fill(table, args):
     cells = empty_cells(table, args)
     notes = []
     problems = []
-    jobs = []  # a cell's runs, which of them, and a student that it is chosen from
+    jobs = []  # a cell's runs, which of them, and a student that it is chosen from: teacher, flags
 
-    @functools.cache
+    @cache
     def teachers_of(**which):
         flags = with_flags(args, **which)
         try:
@@ -686,24 +683,24 @@ def fill(table, args):
 
             # a student for each seed, and for each lambda to choose from
             for seed, lam in product(range(args.seed, args.seed + args.seeds), flags.lambdas):
-                student = teacher, with_flags(flags, seed=seed, lam=lam)
-                jobs.append((runs, (settings["fold"], seed), student))
+                student = with_flags(flags, seed=seed, lam=lam)
+                jobs.append((runs, (settings["fold"], seed), teacher, student))
 
-    known = train_missing([student for *_, student in jobs], args, problems)
-    for runs, run, student in jobs:
-        line = student_of(*student, known)
+    known = train_missing(jobs, args, problems)
+    for runs, run, teacher, student in jobs:
+        line = student_of(teacher, student, known)
         if line and (run not in runs or line["validation"] > runs[run]["validation"]):
             runs[run] = line
     return cells, notes, dict.fromkeys(problems)
 
 
-def train_missing(students, args, problems):
-    """Trains those of the students, (teacher, flags), that results.jsonl lacks, each rank its
-    share; returns the lines that all wrote."""
+def train_missing(jobs, args, problems):
+    """Trains the students of `fill`'s jobs that results.jsonl lacks, each rank its share; returns
+    the lines that all wrote."""
     results = args.out / "results.jsonl"
     known = [] if args.fresh else read_results(results)
     missing = {json.dumps(identity(flags, teacher)): (teacher, flags)
-               for teacher, flags in students if not student_of(teacher, flags, known)}
+               for *_, teacher, flags in jobs if not student_of(teacher, flags, known)}
     for teacher, flags in deal_out(list(missing.values()), "students", args):
         try:
             distil(teacher, alone(flags), keep_student=False)
@@ -765,9 +762,11 @@ def interval(ours, theirs):
         other = theirs.get((fold, seed), theirs.get((fold, None)))
         if other is not None:
             by_fold.setdefault(fold, []).append(value - other)
-    sample, shared = [statistics.mean(d) for d in by_fold.values()], 1 / 4
+    sample = [statistics.mean(d) for d in by_fold.values()]
+    shared = 1 / 4
     if len(sample) == 1:
-        (sample,), shared = by_fold.values(), 0
+        (sample,) = by_fold.values()
+        shared = 0
     if len(sample) < 2:
         return None
     error = math.sqrt((1 / len(sample) + shared) * statistics.variance(sample))
@@ -866,17 +865,7 @@ def is_synthetic(cells):
     return any(line["synthetic"] for line in lines_of(cells))
 
 
-def changed_flags(cells, args):
-    """What the command changes for all cells: ["k 10", "folds clips"]. What a figure varies, each
-    of its cells sets."""
-    first, *_ = cells.values()
-    here, given = vars(first.flags), vars(args)
-    return [f"{key} {here[key]}" for key, default in vars(parse([])).items()
-            if key in (*CHOICES, "lambdas", "labelled", "folds")
-            and here[key] == given[key] != default]
-
-
-def format_table(table, cells, args):
+def format_table(table, cells):
     """The table in Markdown: for each column the paper's number and ours, then the paired
     differences, and what they say."""
     title, columns, rows, _ = table
@@ -886,8 +875,6 @@ def format_table(table, cells, args):
     for dataset in dict.fromkeys(column.dataset for column in columns):
         heads = sorted({line["fusion"] for line in lines if line["dataset"] == dataset})
         text.append(f"{TABLE_I[dataset]}, fusion {' and '.join(heads) or '-'}")
-    if changed := changed_flags(cells, args):
-        text.append(f"with {', '.join(changed)}")
 
     published = any(row.paper for row in rows)
     heads = [f"{column.heading}{': paper | here' * published}" for column in columns]
@@ -901,9 +888,9 @@ def format_table(table, cells, args):
         text.append(f"| {' | '.join(shown)} |")
 
     text.append("")
-    sizes = {(line["batch_size"], line["b"]) for line in lines if "b" in line}
-    text += [f"- fewer than {size} training samples: there batch size {size} is b = {b}"
-             for size, b in sorted(sizes) if b < size]
+    text += dict.fromkeys(
+        "- fewer than {batch_size} training samples: there batch size {batch_size} is b = {b}"
+        .format_map(line) for line in lines if "b" in line and line["b"] < line["batch_size"])
     differences = list(format_gaps(table, cells, points))
     text += [*format_lambdas(cells), *differences]
     return "\n".join(text + [CAPTION] * bool(differences))
@@ -923,13 +910,14 @@ def for_features(table, args):
     """A table's comparison on a features file: the same rows, the file's own metric, no number of
     the paper's."""
     settings, _ = make_settings(args.dataset, args.root)
-    affect, stem = settings["task"] == "regression", Path(args.root).stem
-    columns = [column._replace(name=f"{stem} {metric}", dataset="features", metric=metric)
-               for metric in (["valence", "arousal"] if affect else ["accuracy"])
+    metrics = ["valence", "arousal"] if settings["task"] == "regression" else ["accuracy"]
+    columns = [column._replace(name=f"{Path(args.root).stem} {metric}", dataset="features",
+                               metric=metric)
+               for metric in metrics
                for column in table.columns if column.name == table.columns[0].name]
     rows = [row._replace(paper={}) for row in table.rows if row.flags is not None]
-    title = table.title.partition(",")[0]  # without the data set
-    return table._replace(title=title, columns=columns, rows=rows)
+    # the title without its data set
+    return table._replace(title=table.title.partition(",")[0], columns=columns, rows=rows)
 
 
 def choose_table(args):
@@ -953,11 +941,8 @@ def print_table(args):
     cells, notes, problems = fill(table, args)
     if args.rank > 0:
         return
-    print(format_table(table, cells, args), *notes, sep="\n")
-    seconds = {id(line): line["seconds"] for line in lines_of(cells)
-               if "seconds" in line}.values()  # two metrics of one run are one student
-    print(f"\n{time.time() - begin:.0f} s on {args.device}, torch {torch.__version__}; "
-          f"{len(seconds)} students took {sum(seconds):.0f} s, whenever trained")
+    print(f"{' '.join(sys.argv)}\n", format_table(table, cells), *notes, sep="\n")
+    print(f"\n{time.time() - begin:.0f} s on {args.device}, torch {torch.__version__}")
     if not lines_of(cells):
         raise UserError("; ".join(problems))
     for problem in problems:
@@ -969,23 +954,24 @@ def print_table(args):
 def draw_figure(table, cells, args):
     """Figures 6, 7 and labels as csv, and as png: the scores, and beside them the paired
     differences to a common reference with their band."""
-    points, synthetic = points_of(table, cells), is_synthetic(cells)
+    points = points_of(table, cells)
+    synthetic = is_synthetic(cells)
     lines = [[*key, *point, "SYNTHETIC" * synthetic] for key, point in points.items()]
 
     def write(path):
         with open(path, "w", newline="") as file:
             csv.writer(file).writerows([["row", "column", *Point._fields, "data"], *lines])
 
-    draw = functools.partial(draw_lines, table, points)
+    draw = partial(draw_lines, table, points)
     save_figure(table.title, synthetic, ".csv", write, draw, args)
 
 
-def draw_lines(table, points, plot):
+def draw_lines(table, points, figure):
     """A row of two axes for each unit: the scores, and the differences to the reference."""
     _, columns, rows, reference = table
     units = dict.fromkeys(column.unit for column in columns)  # valence and arousal share one
-    figure, axes = plot.subplots(len(units), 2, squeeze=False, layout="constrained",
-                                 figsize=(10, 4 * len(units)))
+    figure.set_size_inches(10, 4 * len(units))
+    axes = figure.subplots(len(units), 2, squeeze=False)
     panels = dict(zip(units, axes, strict=True))
     x = [row.label.split()[-1] for row in rows]
     for column in columns:
@@ -1000,11 +986,10 @@ def draw_lines(table, points, plot):
     for axis in axes.flat:
         axis.set_xlabel(rows[0].label.rpartition(" ")[0])
         axis.legend(fontsize="small")
-    return figure
 
 
 def save_figure(title, synthetic, ending, write, draw, args):
-    """The numbers of a figure, by write(path), and its png, of draw(pyplot), if matplotlib is
+    """The numbers of a figure, by write(path), and its png, by draw(figure), if matplotlib is
     installed."""
     source = Path(args.root).stem if args.dataset == "features" else args.dataset
     parts = [f"figure{args.figure}", source, "synthetic" * synthetic]
@@ -1013,12 +998,14 @@ def save_figure(title, synthetic, ending, write, draw, args):
         write(part)
     print(path)
     try:
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
         print("matplotlib is not installed: no png")
         return
-    figure, path = draw(pyplot), path.with_suffix(".png")
+    figure = Figure(layout="constrained")
     figure.suptitle("SYNTHETIC DATA - " * synthetic + title)
+    draw(figure)
+    path = path.with_suffix(".png")
     with data.replacing(path) as part:
         figure.savefig(part, dpi=90)
     print(path)
@@ -1036,11 +1023,13 @@ def figure_5(args):
     for line in note:
         print(line)
     args = alone(args)
-    settings, epochs = teacher["settings"], identity(args, teacher)["epochs"]
+    settings = teacher["settings"]
+    epochs = identity(args, teacher)["epochs"]
     features, fold = teacher_data(teacher, args)
 
     train = fold.train.take(fold.train.labelled)
-    train = train.take(torch.linspace(0, len(train.index) - 1, min(len(train.index), 128)).long())
+    count = len(train.index)
+    train = train.take(torch.linspace(0, count - 1, min(count, 128)).long())
     rank = train.label if train.label.ndim == 1 else train.label[..., 0].nanmean(1)
     train = train.take(rank.argsort(stable=True))
     z_t = teacher_answers(teacher, features, train.index).z
@@ -1055,14 +1044,15 @@ def figure_5(args):
         print(f"{name}: mean similarity {matrix.mean():.3f}, "
               f"mean |S - S_teacher| {(matrix - S['teacher']).abs().mean():.3f}")
     title = f"Figure 5: similarity matrices, {args.dataset} fold {settings['fold']}"
-    draw = functools.partial(draw_matrices, S, train.label, class_names(settings))
+    draw = partial(draw_matrices, S, train.label, class_names(settings))
     save_figure(title, settings["synthetic"], ".npz", lambda path: np.savez(path, **S), draw, args)
 
 
-def draw_matrices(S, label, names, plot):
-    """The similarity matrices side by side; label (b,) and names say where each class lies, labels
+def draw_matrices(S, label, names, figure):
+    """The similarity matrices side by side; label (b,) and names say where each class ends, labels
     (b, L, 2) have none."""
-    figure, axes = plot.subplots(1, len(S), figsize=(3.2 * len(S), 3.6), layout="constrained")
+    figure.set_size_inches(3.2 * len(S), 3.6)
+    axes = figure.subplots(1, len(S))
     for axis, (title, matrix) in zip(axes, S.items(), strict=True):
         image = axis.imshow(matrix.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         axis.set(title=title, xlabel="training samples")
@@ -1070,30 +1060,29 @@ def draw_matrices(S, label, names, plot):
             axis.set_ylabel("sorted by valence")
             continue
         level, count = label.unique_consecutive(return_counts=True)
-        end, shown = count.cumsum(0) - 0.5, [names[i] for i in level]
-        axis.set_xticks(end - count / 2, shown)
-        axis.set_yticks(end - count / 2, shown, rotation=90, va="center")
-        for edge in end[:-1]:
-            axis.axvline(edge, color="black", lw=0.8)
-            axis.axhline(edge, color="black", lw=0.8)
+        end = count.cumsum(0) - 0.5
+        shown = [names[i] for i in level]
+        axis.set_xticks(end, shown, ha="right")
+        axis.set_yticks(end, shown, rotation=90, va="bottom")
+        axis.grid(color="black", lw=0.8)
     figure.colorbar(image, ax=axes, label="cosine similarity (Eq. 4)", shrink=0.8)
-    return figure
 
 
 def parse(argv=None, namespace=None):
     """The flags in argv; those that it leaves out are the namespace's, if there is one."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    count, number = at_least(1), at_least(0, float)
-    add("--teacher", type=Path, metavar="FILE", help="default: the newest teacher.pt under --out")
+    count = at_least(1)
+    number = at_least(0, float)
+    add("--teacher", type=Path, help="default: the newest teacher.pt under --out")
     add("--fold", nargs="+", choices=[*"12345", "all"],
         help="the teacher's siblings of these folds; of a table, its folds (default all)")
     add("--method", choices=METHODS, default="pkdot", help="default pkdot")
     add("--lambda", dest="lambdas", type=number, nargs="+", default=[0.4],
         help="weight of W in Eq. 9; default 0.4; a table chooses among several on validation")
     add("--k", type=count, default=30, help="anchors; default 30")
-    add("--epsilon", type=at_least(1e-6, float), default=0.1, help="Eq. 5, in units of the cost "
-        "1/2 |x - y|^2; default 0.1 (the release's blur 0.1 is 0.01)")
+    add("--epsilon", type=at_least(1e-6, float), default=0.1,
+        help="Eq. 5, in units of 1/2 |x - y|^2; default 0.1 (the release's blur 0.1 is 0.01)")
     add("--no-debias", dest="debias", action="store_false", help="Eq. 5 to the letter")
     add("--anchors", choices=ANCHORS, default="dissimilar", help="default dissimilar, the paper's")
     add("--shared-anchors", dest="shared", action="store_true",
@@ -1104,10 +1093,10 @@ def parse(argv=None, namespace=None):
         help=f"default {EPOCHS} (the release's); {STAND_IN_EPOCHS} on a stand-in")
     add("--finetune", action=BooleanOptionalAction, default=False,
         help="train the visual backbone too, from video")
-    add("--chunk", type=count, metavar="C",
+    add("--chunk", type=count,
         help="--finetune: clips that pass the backbone at a time; less memory, the same gradient")
-    add("--select", choices=("val", "test", "last"), default="val", help="what chooses the epoch: "
-        "held-out training subjects (default), the test fold (the release), or nothing")
+    add("--select", choices=("val", "test", "last"), default="val",
+        help="what chooses the epoch: held-out groups (default), the test fold (the release), none")
     train_teacher.add_common_flags(parser)
     job = parser.add_mutually_exclusive_group().add_argument
     job("--evaluate", type=Path, metavar="STUDENT.pt",
@@ -1120,7 +1109,7 @@ def parse(argv=None, namespace=None):
     add("--student", type=Path, metavar="STUDENT.pt", help="for --predict")
     add("--dataset", choices=data.DATASETS, help="the newest teacher's; of a table its columns")
     add("--seeds", type=count, default=1, help="tables and figures: students a fold")
-    add("--labelled", type=count, metavar="N", help="tables and figures: of the teachers")
+    add("--labelled", type=count, help="tables and figures: of the teachers")
     add("--folds", choices=("subjects", "clips"), help="tables and figures: of the teachers")
     add("--classes", type=int, choices=(2, 5), help="tables and figures: of the teachers")
     add("--fresh", action="store_true", help="tables and figures: train the students again")
@@ -1173,7 +1162,7 @@ def tabulate(args):
 def distil_folds(args):
     """The students that a command without --table asks for; of several folds each rank has some."""
     default = vars(parse([]))
-    others = "labelled", "folds", "classes", "seeds", "fresh", "hallucinate", "role", "student"
+    others = "labelled folds classes seeds fresh hallucinate role student".split()
     if any(vars(args)[key] != default[key] for key in others):
         raise UserError("--labelled, --folds and --classes are a teacher's: give them to "
                         "train_teacher.py; --seeds, --fresh, --hallucinate and --role are for "
@@ -1186,7 +1175,8 @@ def distil_folds(args):
         args = alone(args)
     for path in paths:
         teacher = open_teacher(path)
-        settings, found = teacher["settings"], teacher["scores"]
+        settings = teacher["settings"]
+        found = teacher["scores"]
         if args.root and not args.finetune and str(Path(args.root)) != settings["root"]:
             raise UserError(f"{path}: is a teacher of {settings['root']}, not of {args.root}; "
                             "train one on it, or leave --root out")
