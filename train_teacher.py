@@ -633,9 +633,9 @@ def extract_features(single, weights, source, settings, args, path):
     for key in "label group video name split".split():
         values = getattr(source, key)
         if values is not None:
-            arrays[key] = values[::length]  # the same in all rows of a sample
+            arrays[key] = np.asarray(values)[::length]  # the same in all rows of a sample
     if source.task == "regression":
-        arrays.update(label=source.label.unflatten(0, (-1, length)),  # (N, L, 2)
+        arrays.update(label=source.label.reshape(-1, length, 2).numpy(),
                       frame_label=source.frame_label, frame_row=source.frame_row)
     data.save_features(path, arrays | {"backbones": weights})
 
@@ -651,7 +651,8 @@ def train_fusion(features, fold, settings, args, run):
     optimizer, first, best = start_or_resume(
         model, settings["fusion_lr"], progress, progress_of, args.resume)
     visual, privileged = features.rows["visual"], features.rows["privileged"]
-    index, label = fold.train.index.to(args.device), fold.train.label.to(args.device)
+    index = fold.train.index.to(args.device)
+    label = fold.train.label.to(args.device)
 
     def fused(rows):
         return model["head"](visual[rows], privileged[rows]).output
@@ -777,11 +778,12 @@ def train_teacher(settings, source, args):
 
 
 def result_line(settings, role, found, seconds, **more):
-    """A line of results.jsonl: the teacher's settings, and what a student chose over them."""
+    """A line of results.jsonl: the teacher's settings, and what a student chose over them; plain
+    values alone, since a student's checkpoint holds its line."""
     classes = settings["outputs"] if settings["task"] == "classification" else "va"
     metrics = dict(found)
     return {**settings, "role": role, "classes": classes, "n_test": metrics.pop("n"), **metrics,
-            "seconds": round(seconds, 1), "torch": torch.__version__, **more}
+            "seconds": round(seconds, 1), "torch": str(torch.__version__), **more}
 
 
 def parse(argv=None):
