@@ -178,9 +178,8 @@ def load_weights(backbone, state):
 
     unexplained = [key for key in missing if not key.startswith("projection.")]
     if unexplained:
-        held = ", ".join([*state][:4]) or "no tensor"
         raise ValueError(f"lacks {len(unexplained)} of {kind}'s tensors, {unexplained[0]} for one; "
-                         f"it holds {held} ...")
+                         f"it holds {', '.join([*state][:4]) or 'no tensor'} ...")
     return sorted(left_out), sorted(missing)
 
 

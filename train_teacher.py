@@ -695,10 +695,10 @@ def train_fusion(features, fold, settings, args, run):
         keep_progress(progress, progress_of, epoch, model, optimizer, best)
 
     variance = privileged[fold.val.index].var(dim=(0, 1), correction=0).mean().item()
-    unexplained = -best["tnet"]["score"] / max(variance, 1e-12)
     print(f"fusion {settings['fusion_epochs']} epochs in {time.time() - start:.1f} s; best of "
           f"epoch {best['head']['epoch'] + 1}; T-Net's of epoch {best['tnet']['epoch'] + 1}, "
-          f"which leaves {unexplained:.2f} of the privileged features' variance unexplained")
+          f"which leaves {-best['tnet']['score'] / max(variance, 1e-12):.2f} of the privileged "
+          "features' variance unexplained")
     for name, module in model.items():
         module.load_state_dict(best[name]["model"])
     return model.eval()
