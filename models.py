@@ -80,15 +80,15 @@ class Unit3D(nn.Module):
         self.bn = nn.BatchNorm3d(out_channels, eps=1e-3)
 
     def forward(self, x):
-        x = pad_same(x, self.conv3d.kernel_size, self.conv3d.stride)
+        x = pad_same(x, self.conv3d)
         return F.relu(self.bn(self.conv3d(x)))
 
 
-def pad_same(x, kernel, stride):
-    """Zero-pad x (N, C, F, H, W) so that a window gives ceil(size / stride) outputs; an odd rest
-    goes at the end."""
+def pad_same(x, layer):
+    """Zero-pad x (N, C, F, H, W) so that a convolution or pool gives ceil(size / stride) outputs;
+    an odd rest goes at the end."""
     pads = []
-    for size, k, s in zip(x.shape[2:], kernel, stride, strict=True):
+    for size, k, s in zip(x.shape[2:], layer.kernel_size, layer.stride, strict=True):
         total = max(k - (size % s or s), 0)
         pads = [total // 2, total - total // 2, *pads]  # F.pad wants the last axis first
     return F.pad(x, pads)
@@ -96,7 +96,7 @@ def pad_same(x, kernel, stride):
 
 class MaxPool3dSame(nn.MaxPool3d):
     def forward(self, x):
-        return super().forward(pad_same(x, self.kernel_size, self.stride))
+        return super().forward(pad_same(x, self))
 
 
 class Inception(nn.Module):
@@ -114,7 +114,7 @@ class Inception(nn.Module):
         return torch.cat(branches, 1)
 
 
-INCEPTION = """
+INCEPTION = """\
     Mixed_3b          192   64   96  128   16   32   32
     Mixed_3c          256  128  128  192   32   96   64
     MaxPool3d_4a_3x3    3
@@ -143,12 +143,13 @@ class I3D(VideoBackbone):
         self.Conv3d_2b_1x1 = Unit3D(64, 64)
         self.Conv3d_2c_3x3 = Unit3D(64, 192, 3)
         self.MaxPool3d_3a_3x3 = MaxPool3dSame((1, 3, 3), (1, 2, 2))
-        for line in INCEPTION.strip().splitlines():
+        for line in INCEPTION.splitlines():
             name, *numbers = line.split()
             sizes = list(map(int, numbers))
-            mixed = name.startswith("Mixed")
-            self.add_module(name, Inception(*sizes) if mixed else MaxPool3dSame(3 * sizes, 3 * [2]))
-        self.pool, self.flatten = nn.AdaptiveAvgPool3d(1), nn.Flatten()  # (N, 1024)
+            self.add_module(name, Inception(*sizes) if name.startswith("Mixed")
+                            else MaxPool3dSame(3 * sizes, 3 * [2]))
+        self.pool = nn.AdaptiveAvgPool3d(1)
+        self.flatten = nn.Flatten()  # (N, 1024)
         self.projection = nn.Linear(1024, D)
 
 
@@ -177,9 +178,8 @@ def load_weights(backbone, state):
 
     unexplained = [key for key in missing if not key.startswith("projection.")]
     if unexplained:
-        held = ", ".join([*state][:4]) or "no tensor"
         raise ValueError(f"lacks {len(unexplained)} of {kind}'s tensors, {unexplained[0]} for one; "
-                         f"it holds {held} ...")
+                         f"it holds {', '.join([*state][:4]) or 'no tensor'} ...")
     return sorted(left_out), sorted(missing)
 
 
@@ -213,7 +213,9 @@ class Unimodal(nn.Module):
 
     def __init__(self, backbone, outputs, per_clip):
         super().__init__()
-        self.backbone, self.head, self.per_clip = backbone, nn.Linear(D, outputs), per_clip
+        self.backbone = backbone
+        self.head = nn.Linear(D, outputs)
+        self.per_clip = per_clip
 
     def forward(self, x):
         return self.classify(self.backbone(x))
@@ -244,6 +246,12 @@ class Fused(NamedTuple):
     z: torch.Tensor
 
 
+def fused(h, layer, per_clip):
+    """Fused from h (B, L, m): z is its mean over L, and the output is of each clip or of z."""
+    z = h.mean(1)
+    return Fused(layer(h if per_clip else z), z)
+
+
 class ConcatFusion(nn.Module):
     """Fig. 4a: concatenation, one hidden layer, classifier. z is the hidden layer, m = 512.
 
@@ -258,8 +266,7 @@ class ConcatFusion(nn.Module):
 
     def forward(self, visual, privileged):
         h = F.relu(self.hidden(torch.cat([visual, privileged], -1)))  # (B, L, 512)
-        z = h.mean(1)  # (B, 512)
-        return Fused(self.classifier(h if self.per_clip else z), z)
+        return fused(h, self.classifier, self.per_clip)
 
 
 class JointCrossAttention(nn.Module):
@@ -287,10 +294,11 @@ class JointCrossAttention(nn.Module):
     def forward(self, visual, privileged):
         X_a, X_v = privileged, visual  # (B, L, d_m)
         J = torch.cat([X_a, X_v], -1)  # (B, L, d)
+        d = J.shape[-1]
 
         # C = tanh(X^T W_j J / sqrt(d)), the one large array: scaled while small
-        C_a = (X_a.mT @ (self.W_ja @ J / J.shape[-1] ** 0.5)).tanh_()  # (B, d_m, d)
-        C_v = (X_v.mT @ (self.W_jv @ J / J.shape[-1] ** 0.5)).tanh_()
+        C_a = (X_a.mT @ (self.W_ja @ J / d**0.5)).tanh_()  # (B, d_m, d)
+        C_v = (X_v.mT @ (self.W_jv @ J / d**0.5)).tanh_()
 
         # H = ReLU(W X + W_c C^T)
         H_a = F.relu(self.Wa @ X_a + (C_a @ self.W_ca.mT).mT)  # (B, k, d_m)
@@ -301,8 +309,7 @@ class JointCrossAttention(nn.Module):
         att_v = self.W_hv @ H_v + X_v
 
         x = torch.cat([att_v, att_a], -1)  # (B, L, 1024)
-        z = x.mean(1)  # (B, 1024)
-        return Fused(self.regressor(x if self.per_clip else z), z)
+        return fused(x, self.regressor, self.per_clip)
 
 
 class MultimodalTransformer(nn.Module):
@@ -327,12 +334,11 @@ class MultimodalTransformer(nn.Module):
 
     def forward(self, visual, privileged):
         v, p = self.encode_v(visual), self.encode_p(privileged)  # (B, L, 512)
-        att_v, _ = self.attend_v(query=p, key=v, value=v, need_weights=False)
-        att_p, _ = self.attend_p(query=v, key=p, value=p, need_weights=False)
+        att_v, _ = self.attend_v(p, v, v, need_weights=False)  # query, key, value
+        att_p, _ = self.attend_p(v, p, p, need_weights=False)
         g = torch.sigmoid(self.gate(torch.cat([att_v, att_p], -1)))  # (B, L, 1)
         h = g * att_v + (1 - g) * att_p  # (B, L, 512)
-        z = h.mean(1)  # (B, 512)
-        return Fused(self.classifier(h if self.per_clip else z), z)
+        return fused(h, self.classifier, self.per_clip)
 
 
 # by the name that --fusion has for it

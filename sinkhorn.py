@@ -103,7 +103,8 @@ def sinkhorn_divergence(x, y, epsilon, debias=True, tol=1e-5):
         # The plan does not change when a cloud is shifted, for that adds to C terms in i or in j
         # alone. About its mean C is small, and float32 exact, however far the clouds are apart.
         mean_x, mean_y = (z.mean(-2, keepdim=True) for z in inputs)  # (..., 1, d)
-        x, y, gap = x - mean_x, y - mean_y, mean_x - mean_y
+        x, y = x - mean_x, y - mean_y
+        gap = mean_x - mean_y
 
         cost, weights = _checked(_half_squared_distances(x, y), epsilon)
         value, plan, _ = _solve(cost, epsilon, weights, tol)
@@ -120,7 +121,8 @@ def sinkhorn_divergence(x, y, epsilon, debias=True, tol=1e-5):
 
         # dW(x, y)/dx_i = sum_j pi_ij (x_i - y_j): a pull to where the mass of x_i goes in y, and
         # the debiasing one away from where it goes in x itself. The terms in x_i alone cancel.
-        dx, dy = own_x - plan @ y + gap / n, None
+        dx = own_x - plan @ y + gap / n
+        dy = None
         if inputs[1].requires_grad:  # a teacher's does not
             dy = own_y - plan.mT @ x - gap / m
 
@@ -167,20 +169,24 @@ def _solve(cost, epsilon, weights, tol=1e-5, max_iter=1000):
     What belongs to rows and to columns lies side by side, a and b in weights (..., 1, n + m), f and
     g in potentials: one launch serves both.
     """
-    unit, largest = torch.finfo(cost.dtype).eps, cost.abs().max().item()
+    largest = cost.abs().max().item()
     if not largest < inf:
         raise ValueError(f"cost must be finite, got {largest}")
+    unit = torch.finfo(cost.dtype).eps
     rounding = unit * largest / epsilon
     tol = max(tol, min(3 * rounding, 0.1))
 
     weights = weights.clamp(min=unit**2)  # points of no weight have a potential, too
-    log_weights, ones, sizes = weights.log(), torch.ones_like(weights), cost.shape[-2:]
+    log_weights = weights.log()
+    ones = torch.ones_like(weights)
+    sizes = cost.shape[-2:]
     a, b = weights.split(sizes, -1)  # (..., 1, n), (..., 1, m)
 
     potentials = potentials_above = torch.zeros_like(weights)
     level = largest / EASY if largest / EASY > 2 * epsilon else epsilon
     level_above = error = inf
-    omega, sweeps = 1.0, 0
+    omega = 1.0
+    sweeps = 0
     while True:
         # Absorb: with f and g inside a plan P, sweeps only have to find u, v such that u_i P_ij v_j
         # has the right sums: matrix-vector products, and exp once a block (Schmitzer 2019).
@@ -198,8 +204,8 @@ def _solve(cost, epsilon, weights, tol=1e-5, max_iter=1000):
         last_v = b / (u @ plan)
         last_u = a / (last_v @ transposed)
         safe = torch.cat((last_u, last_v), -1).log().abs().max() < SAFE_DRIFT  # NaN is not
-        residual = _l1(b - last_v * (last_u @ plan))
-        previous, error = error, residual.where(safe, inf).item()
+        previous = error
+        error = _l1(b - last_v * (last_u @ plan)).where(safe, inf).item()
         sweeps += BLOCK
 
         # u, v left the range of floating-point numbers: the same sweeps, in the log domain.
@@ -207,7 +213,8 @@ def _solve(cost, epsilon, weights, tol=1e-5, max_iter=1000):
             f = potentials[..., 0, :sizes[0]]
             for _ in range(BLOCK):
                 f, g = sweep(cost, f, level, a.squeeze(-2), b.squeeze(-2))
-            potentials, omega = torch.cat((f, g), -1).unsqueeze(-2), 1.0
+            potentials = torch.cat((f, g), -1).unsqueeze(-2)
+            omega = 1.0
             plan = _exp_(_log_plan(cost, potentials, log_weights, level))
             last_u, last_v = ones.split(sizes, -1)
             error = _l1(b - last_u @ plan).item()
@@ -232,7 +239,8 @@ def _solve(cost, epsilon, weights, tol=1e-5, max_iter=1000):
             level *= min(error ** (1 / 9), 0.8)
             if level < 2 * epsilon:  # not worth a block of its own
                 level = epsilon
-            potentials, error = potentials + (level_above - level) * slope, inf
+            potentials = potentials + (level_above - level) * slope
+            error = inf
 
     _warn_above(tol, max(error, rounding), sweeps, epsilon)
     value = (weights * potentials).sum((-2, -1))  # the dual, equal to W at the optimum
@@ -270,12 +278,14 @@ def _solve_symmetric(x, epsilon, tol):
     n = x.shape[-2]
     kernel = _exp_(_half_squared_distances(x, x).div_(-epsilon))
     u = kernel.sum(-2, keepdim=True).rsqrt_()
-    for sweeps in itertools.count(7, 7):
+    sweeps = 0
+    while True:
         for _ in range(3):
             v = (u @ kernel).reciprocal_()
             u = (v / (v @ kernel)).sqrt_()
         v = (u @ kernel).reciprocal_()  # rows exact, as in `_solve`
         error = _l1(u / v - 1).item() / n
+        sweeps += 7
         if error <= tol or sweeps > 200:
             break
 
@@ -306,7 +316,8 @@ def _checked(cost, epsilon, a=None, b=None):
     if not 0 < epsilon < inf:
         raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
-    a, b = _weights("a", a, cost[..., 0]), _weights("b", b, cost[..., 0, :])
+    a = _weights("a", a, cost[..., 0])
+    b = _weights("b", b, cost[..., 0, :])
     return cost, torch.cat((a, b), -1).unsqueeze(-2)
 
 
@@ -317,9 +328,10 @@ def _weights(name, w, like):
         raise ValueError(f"{name} must be {tuple(like.shape)}, got {tuple(w.shape)}")
     w = w.to(like).expand_as(like)
     total = w.sum(-1, keepdim=True)
-    lowest, off = w.min(), (total - 1).abs().max()
+    lowest = w.min()
     if not lowest >= 0:  # NaN too
         raise ValueError(f"{name} must not be negative, got {lowest}")
+    off = (total - 1).abs().max()
     if not off < 1e-4:
         raise ValueError(f"{name} must sum to 1, got a sum off by {off:.3g}")
     return w / total

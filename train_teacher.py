@@ -22,6 +22,7 @@ import warnings
 import zipfile
 from datetime import timedelta
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def add_common_flags(parser):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--workers", type=at_least(0), default=2, help="processes that decode files")
     add("--amp", action="store_true", help="bfloat16 autocast on CUDA (the OT stays in float32)")
-    add("--out", type=Path, default=Path("runs"), help="where runs and results.jsonl live")
+    add("--out", type=Path, default="runs", help="where runs and results.jsonl live")
     add("--resume", action="store_true", help="go on where an interrupted run stopped")
 
 
@@ -70,14 +71,12 @@ def choose_device(name, amp=False):
     2.14's bfloat16 gradient of a 3x3x3 convolution over two frames (R3D-18's last layer) is off by
     100 % or infinite."""
     if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        name = found.type if found else "cpu"
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        torch.empty(1, device=name)
+        device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}; torch finds "
                         f"{torch.accelerator.device_count()} GPUs, for one process each") from None
-    device = torch.device(name)
     if amp and device.type != "cuda":
         raise UserError(f"--amp is for CUDA, and this runs on {device}: leave it out, "
                         "float32 is right everywhere")
@@ -111,7 +110,8 @@ def join_ranks(args):
         return
     backend = "gloo"
     if args.device.type == "cuda":
-        backend, args.device = "nccl", choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        backend = "nccl"
+        args.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(args.device)
     # each line in one piece, or those of several ranks cut one another
     sys.stdout.reconfigure(line_buffering=True, write_through=False)
@@ -132,7 +132,7 @@ def leave_ranks():
 
 
 def with_flags(args, **change):
-    return argparse.Namespace(**(vars(args) | change))
+    return argparse.Namespace(**vars(args) | change)
 
 
 def alone(args):
@@ -220,20 +220,18 @@ def load(path, kind, wanted=None):
     wanted settings, if they are given."""
     state = read_checkpoint(path)
     try:
-        whole = state.pop("seal") == seal(state) and state["kind"] == kind
+        if state.pop("seal") != seal(state) or state["kind"] != kind:
+            raise ValueError
     except Exception:  # any kind of content
-        whole = False
-    if not whole:
         raise UserError(f"{path}: not a {kind} checkpoint as these scripts write it; "
-                        "give another file or train it again")
+                        "give another file or train it again") from None
     there = state["settings"]
     wanted = wanted or there
-    for key in dict.fromkeys(("root", "data", *wanted, *there)):
+    for key in ("root", "data", *wanted, *there):
         old, new = there.get(key), wanted.get(key)
         if old != new:
-            raise UserError(f"{path} was trained with {key} {old}, not {new}; "
-                            "use the same flags and unchanged data, or another --out, or delete "
-                            "its folder")
+            raise UserError(f"{path} was trained with {key} {old}, not {new}; use the same flags "
+                            "and unchanged data, or another --out, or delete its folder")
     return state
 
 
@@ -242,8 +240,9 @@ def append_line(path, record):
     the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
-        torn = file.tell() and not (file.seek(-1, os.SEEK_END) and file.read(1) == b"\n")
-        file.write(b"\n" * bool(torn) + json.dumps(record).encode() + b"\n")
+        file.seek(max(file.tell() - 1, 0))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
 
 
 def start_log(run, settings):
@@ -273,7 +272,7 @@ def clip_loader(source, modality, index, batches, args):
 
 
 def bar(batches, text):
-    return tqdm(batches, desc=text, leave=False, disable=RANK > 0 or None)
+    return tqdm(batches, text, leave=False, disable=RANK > 0 or None)
 
 
 @torch.inference_mode()
@@ -287,7 +286,7 @@ def answers(forward, batches, args):
     if args.world > 1:
         parts = [None] * args.world
         dist.all_gather_object(parts, [output.cpu() for output in outputs])
-        outputs = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+        outputs = [output for turn in zip_longest(*parts) for output in turn if output is not None]
     return torch.cat(outputs).cpu()
 
 
@@ -333,7 +332,7 @@ def log_videos(run, role, source, windows, output):
     video = source.video[row.numpy()]
     videos = {}
     for name in np.unique(video):
-        mask = torch.from_numpy(video == name)
+        mask = video == name
         videos[str(name)] = scores(prediction[mask], label[mask])
     append_line(run / "log.jsonl", {"test_videos_of": role, "videos": videos})
 
@@ -362,9 +361,9 @@ def step_means(terms, names, epoch):
     finite = terms.isfinite().all(1)
     if finite.all():
         return terms.mean(0).tolist(), None
-    step = finite.int().argmin().item()  # the first that is not
-    found = zip(names, terms[step].tolist(), strict=True)
-    found = ", ".join(f"{name} {value:.4g}" for name, value in found)
+    step = finite.tolist().index(False)
+    found = ", ".join(f"{name} {value:.4g}"
+                      for name, value in zip(names, terms[step], strict=True))
     return None, f"epoch {epoch + 1}, step {step + 1}: the loss is not finite, {found}"
 
 
@@ -391,7 +390,7 @@ def start_or_resume(model, lr, path, settings, resume):
     from where an interrupted run stopped, weights included."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     if not (resume and path.exists()):
-        return optimizer, 0, None
+        return optimizer, 0, {}
     state = load(path, "progress", settings)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -425,17 +424,17 @@ STAND_IN = {  # few samples and a CPU: smaller images, smaller batches, more pas
 def make_settings(dataset, root=None, synthetic=False, **given):
     """What a teacher is made of, as plain values: what is given, or the data set's default for what
     is None; and the opened data set."""
-    of_images = "length", "classes", "visual_backbone", "weights", "image_size", "face_start"
+    of_images = "length classes visual_backbone weights image_size face_start".split()
     if dataset == "features" and (not root or synthetic or any(map(given.get, of_images))):
         raise UserError(
-            "--dataset features needs --root FILE.npz (the format: README.md); leave out what is "
-            "for images: --synthetic, --clips, --classes, --visual-backbone, --visual-weights, "
-            "--pretrained, --image-size, --face-start")
-    root = root or f"data/{dataset}" + "-synthetic" * synthetic
+            "--dataset features needs --root FILE.npz (the format: README.md); no --synthetic, "
+            "--clips, --classes, --visual-backbone, --visual-weights, --pretrained, --image-size "
+            "or --face-start, which are for images")
+    root = Path(root or f"data/{dataset}" + "-synthetic" * synthetic)
     if synthetic and RANK == 0:
         data.write_stand_in(dataset, root)
     wait_for_all()
-    synthetic = (Path(root) / "SYNTHETIC").is_file()
+    synthetic = (root / "SYNTHETIC").is_file()
 
     settings = COMMON | DEFAULTS[dataset]
     if synthetic:
@@ -444,7 +443,7 @@ def make_settings(dataset, root=None, synthetic=False, **given):
     source = data.open_dataset(dataset, root, settings.pop("classes"), settings.get("length"),
                                settings["image_size"], face_start=settings["face_start"])
 
-    settings.update(dataset=dataset, root=str(Path(root)), synthetic=synthetic, task=source.task,
+    settings.update(dataset=dataset, root=str(root), synthetic=synthetic, task=source.task,
                     outputs=source.outputs, length=source.length)
     if dataset == "features":
         for modality, rows in source.rows.items():
@@ -459,17 +458,16 @@ def digest(source):
     return fingerprint({"label": source.label, "name": source.name, **rows})
 
 
-VARIANT = {  # what makes another teacher, and its part of the folder's name
-    "visual_backbone": "{}", "fusion": "{}", "length": "length{}", "labelled": "{}labels",
-    "folds": "{}", "seed": "seed{}"}
+# the settings that make another teacher, as they stand in the folder's name
+VARIANT = "{visual_backbone} {fusion} length{length} {labelled}labels {folds} seed{seed}"
 
 
 def variant(settings):
     """c2, c5 or va, then whatever is not the default: no teacher overwrites another's."""
     default = settings | COMMON | DEFAULTS[settings["dataset"]]
     names = [f"c{settings['outputs']}" if settings["task"] == "classification" else "va"]
-    names += [name.format(settings[key]) for key, name in VARIANT.items()
-              if settings[key] != default[key]]
+    names += [part.format(**settings) for part in VARIANT.split()
+              if part.format(**settings) != part.format(**default)]
     return "-".join(names)
 
 
@@ -521,9 +519,8 @@ def train_backbone(modality, source, fold, settings, args, folder):
     backbone = make_backbone(modality, settings)
     model = models.Unimodal(backbone, settings["outputs"], settings["task"] == "regression")
     if path.exists():
-        state = load(path, modality, settings)
+        model.load_state_dict(load(path, modality, settings)["model"])
         print(f"{path} is finished; delete it to train it again")
-        model.load_state_dict(state["model"])
         return model.to(args.device)
 
     train = fold.train.take(fold.train.labelled)
@@ -537,7 +534,6 @@ def train_backbone(modality, source, fold, settings, args, folder):
     optimizer, first, best = start_or_resume(
         model, settings["lr"], progress, settings, args.resume)
     ranks = spread(model, args)
-    label = train.label.to(args.device)
     checkpoint = dict(kind=modality, settings=settings)
     for epoch in range(first, settings["backbone_epochs"]):
         start = time.time()
@@ -553,7 +549,7 @@ def train_backbone(modality, source, fold, settings, args, folder):
             with autocast(args, settings["amp"]):
                 output = ranks(x.to(args.device, non_blocking=True))
             output = gather(output.float(), len(batch), args)
-            loss = task_loss(output, label[batch.to(args.device)])  # Eq. 7 or 8
+            loss = task_loss(output, train.label[batch].to(args.device))  # Eq. 7 or 8
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -634,13 +630,13 @@ def extract_features(single, weights, source, settings, args, path):
     if args.rank > 0:
         return
 
-    label = source.label.unflatten(0, (-1, length)).numpy()  # (N, L), all the same, or (N, L, 2)
-    arrays["label"] = label[:, 0] if label.ndim == 2 else label
-    for key in ("group", "video", "name", "split"):
-        if getattr(source, key) is not None:
-            arrays[key] = getattr(source, key)[::length]
+    for key in "label group video name split".split():
+        values = getattr(source, key)
+        if values is not None:
+            arrays[key] = np.asarray(values)[::length]  # the same in all rows of a sample
     if source.task == "regression":
-        arrays.update(frame_label=source.frame_label, frame_row=source.frame_row)
+        arrays.update(label=source.label.reshape(-1, length, 2).numpy(),
+                      frame_label=source.frame_label, frame_row=source.frame_row)
     data.save_features(path, arrays | {"backbones": weights})
 
 
@@ -654,9 +650,9 @@ def train_fusion(features, fold, settings, args, run):
     model = nn.ModuleDict({"head": make_head(settings), "tnet": models.TNet()}).to(args.device)
     optimizer, first, best = start_or_resume(
         model, settings["fusion_lr"], progress, progress_of, args.resume)
-    best = best or {}  # of the head, and of the T-Net
     visual, privileged = features.rows["visual"], features.rows["privileged"]
-    index, label = fold.train.index.to(args.device), fold.train.label.to(args.device)
+    index = fold.train.index.to(args.device)
+    label = fold.train.label.to(args.device)
 
     def fused(rows):
         return model["head"](visual[rows], privileged[rows]).output
@@ -699,13 +695,12 @@ def train_fusion(features, fold, settings, args, run):
         keep_progress(progress, progress_of, epoch, model, optimizer, best)
 
     variance = privileged[fold.val.index].var(dim=(0, 1), correction=0).mean().item()
-    head, tnet = best["head"], best["tnet"]
-    print(f"fusion {settings['fusion_epochs']} epochs in {time.time() - start:.1f} s; "
-          f"best of epoch {head['epoch'] + 1}; T-Net's of epoch {tnet['epoch'] + 1}, which leaves "
-          f"{-tnet['score'] / max(variance, 1e-12):.2f} of the privileged features' variance "
-          "unexplained")
-    for name in ("head", "tnet"):
-        model[name].load_state_dict(best[name]["model"])
+    print(f"fusion {settings['fusion_epochs']} epochs in {time.time() - start:.1f} s; best of "
+          f"epoch {best['head']['epoch'] + 1}; T-Net's of epoch {best['tnet']['epoch'] + 1}, "
+          f"which leaves {-best['tnet']['score'] / max(variance, 1e-12):.2f} of the privileged "
+          "features' variance unexplained")
+    for name, module in model.items():
+        module.load_state_dict(best[name]["model"])
     return model.eval()
 
 
@@ -734,7 +729,7 @@ def train_teacher(settings, source, args):
     run = run_folder(settings, args.out)
     folder = stage_1_folder(run, settings)
     path = run / "teacher.pt"
-    old = load(path, "teacher", settings) if path.exists() else None
+    old = path.exists() and load(path, "teacher", settings)
     fold = fold_of(source, settings)
     if args.rank == 0:
         start_log(run, settings)
@@ -777,17 +772,18 @@ def train_teacher(settings, source, args):
                     head=model["head"].state_dict(), tnet=model["tnet"].state_dict()))
     (run / "fusion.progress").unlink(missing_ok=True)
     for role, values in found.items():
-        line = result_line(settings, role, values, time.time() - start)
-        append_line(args.out / "results.jsonl", line)
+        append_line(args.out / "results.jsonl",
+                    result_line(settings, role, values, time.time() - start))
     return found
 
 
 def result_line(settings, role, found, seconds, **more):
-    """A line of results.jsonl: the teacher's settings, and what a student chose over them."""
+    """A line of results.jsonl: the teacher's settings, and what a student chose over them; plain
+    values alone, since a student's checkpoint holds its line."""
     classes = settings["outputs"] if settings["task"] == "classification" else "va"
     metrics = dict(found)
     return {**settings, "role": role, "classes": classes, "n_test": metrics.pop("n"), **metrics,
-            "seconds": round(seconds, 1), "torch": torch.__version__, **more}
+            "seconds": round(seconds, 1), "torch": str(torch.__version__), **more}
 
 
 def parse(argv=None):
@@ -798,11 +794,11 @@ def parse(argv=None):
     add("--dataset", choices=DATASETS, default="biovid_b")
     add_common_flags(parser)
     add("--classes", type=int, choices=(2, 5), help="BioVid: BL1 and PA4, or all five; default 2")
-    add("--fold", default="1", choices=[*"12345", "all"], help="default 1")
-    add("--folds", choices=("subjects", "clips"), help="what folds divide; clips, as the authors' "
-        "code does, puts a person into training and test; default subjects")
-    add("--labelled", type=count, metavar="N", help="keep the labels of N training samples; "
-        "the others are pairs without a label; validation keeps all of its own; default all")
+    add("--fold", default="1", choices="1 2 3 4 5 all".split(), help="default 1")
+    add("--folds", choices=("subjects", "clips"),
+        help="what folds divide; clips puts a person into training and test; default subjects")
+    add("--labelled", type=count, metavar="N",
+        help="training samples that keep their label, the others are pairs without; default all")
     add("--clips", dest="length", type=count,
         help="clips per sample; default: BioVid 1, Affwild2 8")
     add("--fusion", choices=models.HEADS, help="Fig. 4; default: Table I's")
@@ -825,7 +821,7 @@ def parse(argv=None):
 def folds_of(source, wanted):
     """Those of the data set's folds that --fold names: of 1 to 5, or of fold 1 alone where the data
     set has a split of its own."""
-    folds = [1, 2, 3, 4, 5] if source.split is None else [1]
+    folds = range(1, 6) if source.split is None else [1]
     folds = [fold for fold in folds if {"all", str(fold)} & {*wanted}]
     if not folds:
         raise UserError(f"--fold {' '.join(wanted)}: {source.path} has its own split into training "
