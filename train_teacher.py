@@ -427,9 +427,9 @@ def make_settings(dataset, root=None, synthetic=False, **given):
     of_images = "length classes visual_backbone weights image_size face_start".split()
     if dataset == "features" and (not root or synthetic or any(map(given.get, of_images))):
         raise UserError(
-            "--dataset features needs --root FILE.npz (the format: README.md); no --synthetic, "
-            "--clips, --classes, --visual-backbone, --visual-weights, --pretrained, --image-size "
-            "or --face-start, which are for images")
+            "--dataset features needs --root FILE.npz (the format: README.md); leave out what is "
+            "for images: --synthetic, --clips, --classes, --visual-backbone, --visual-weights, "
+            "--pretrained, --image-size, --face-start")
     root = Path(root or f"data/{dataset}" + "-synthetic" * synthetic)
     if synthetic and RANK == 0:
         data.write_stand_in(dataset, root)
