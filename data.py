@@ -55,8 +55,8 @@ SAMPLE = r"\d{6}_[mw]_\d\d-(BL1|PA[1-4])-\d{3}"  # BioVid's names: subject, leve
 BIOVID = "on request: https://www.nit.ovgu.de/BioVid.html; --synthetic runs without it"
 AFFWILD2 = "on request: https://ibug.doc.ic.ac.uk/resources/aff-wild2/; --synthetic runs without it"
 FEATURES = ("expected a features file (.npz): float32 visual (N, L, Dv) and privileged (N, L, Dp); "
-            "label int (N,), -1 for none, or float (N, 2) or (N, L, 2), -5 for none; group, name, "
-            "split and video text, .astype(str), or whole numbers (N,)")
+            "label int (N,), -1 for none, or float (N, 2) or (N, L, 2), -5 for none; if you like "
+            "group (of a subject), split and name (N,), text, .astype(str), or whole numbers")
 
 
 class Parser(argparse.ArgumentParser):
@@ -700,7 +700,8 @@ class Faces(Source):
                          else pain_clips(one, length, face_start))
                 rows += [(video, f"{video}/{number:05d}", images) for number, images in clips]
         if not rows:
-            raise UserError((self.faults or [f"{folder}: no images there as in {dataset}"])[0])
+            raise UserError((self.faults or [f"{folder}: no images there; expected face crops (jpg "
+                                             f"or png), named as in {dataset}"])[0])
         *columns, self.images = zip(*rows, strict=True)
         self.video, self.name = map(np.array, columns)
 
@@ -737,7 +738,7 @@ class Features:
         arrays = read_arrays(path, {"visual": True, "privileged": privileged, "label": labelled})
         if strays := sorted(arrays.keys() - self.KEYS):  # a group that is misspelt would be a leak
             raise UserError(f"{path}: holds {strays[0]}, which nothing reads; leave it out, or "
-                            f"rename it (a subject is a group); {FEATURES}")
+                            f"rename it; {FEATURES}")
         count, clips = (*arrays["visual"].shape, 0, 0)[:2]
         for key in ("visual", "privileged") if privileged else ("visual",):
             array = self._expect(arrays, key, "f", (count, clips, *arrays[key].shape[-1:]))
@@ -774,7 +775,8 @@ class Features:
 
         found = {*self.split.tolist()}
         if not found <= {"train", "test"}:
-            raise UserError(f"{self.path}: split holds {str(found)[:60]}; expected train and test")
+            raise UserError(f"{self.path}: split holds {str(found)[:60]}; expected train and test "
+                            "(validation is taken from train)")
         both = np.intersect1d(*(self.group[self.split == part] for part in ("train", "test")))
         if len(both) and not self.backbones:  # stage 2's is the split that the data set came with
             raise UserError(f"{self.path}: group {both[0]} is in both splits; give it to one")
