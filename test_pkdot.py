@@ -2352,6 +2352,8 @@ BAD = [  # script, command line, what the one line must name
     (train_student, "--out {views} --lr 1e30 --epochs 9 --batch-size 32", ["epoch 1, step ", "nan", "W ", "--lr"]),
     (train_student, "--table 3 --out {tmp} --root {tmp}", ["{tmp}", "affwild2 not run"]),
     (train_student, "--table 5 --method mse", ["--method"]),
+    (train_student, "--out {views} --method cosine --shared-anchors", ["--shared-anchors", "pkdot's", "cosine"]),
+    (train_student, "--out {views} --hallucinate oracle", ["--hallucinate", "--table"]),
     (train_teacher, "--dataset features --root {good} --out {text}", ["{text}", "Not a directory"]),
     (train_teacher, "--dataset features --root {good} --out {views} --lr 1e30", ["another --out"]),
     (train_teacher, "--fold 6", ["6", "all"]),

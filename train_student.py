@@ -1162,8 +1162,14 @@ def tabulate(args):
 def distil_folds(args):
     """The students that a command without --table asks for; of several folds each rank has some."""
     default = vars(parse([]))
-    others = "labelled folds classes seeds fresh hallucinate role student".split()
-    if any(vars(args)[key] != default[key] for key in others):
+
+    def given(flags):
+        return any(vars(args)[flag] != default[flag] for flag in flags.split())
+
+    if args.method != "pkdot" and given("k epsilon debias anchors shared transport"):
+        raise UserError("--k, --epsilon, --no-debias, --anchors, --shared-anchors and "
+                        f"--no-transport are pkdot's: leave them out with --method {args.method}")
+    if given("labelled folds classes seeds fresh hallucinate role student"):
         raise UserError("--labelled, --folds and --classes are a teacher's: give them to "
                         "train_teacher.py; --seeds, --fresh, --hallucinate and --role are for "
                         "--table and --figure, --student is for --predict; leave them out")
