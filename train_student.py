@@ -1049,7 +1049,7 @@ def figure_5(args):
 
 
 def draw_matrices(S, label, names, figure):
-    """The similarity matrices side by side; label (b,) and names say where each class ends, labels
+    """The similarity matrices side by side; label (b,) and names say where each class lies, labels
     (b, L, 2) have none."""
     figure.set_size_inches(3.2 * len(S), 3.6)
     axes = figure.subplots(1, len(S))
@@ -1062,9 +1062,11 @@ def draw_matrices(S, label, names, figure):
         level, count = label.unique_consecutive(return_counts=True)
         end = count.cumsum(0) - 0.5
         shown = [names[i] for i in level]
-        axis.set_xticks(end, shown, ha="right")
-        axis.set_yticks(end, shown, rotation=90, va="bottom")
-        axis.grid(color="black", lw=0.8)
+        axis.set_xticks(end - count / 2, shown)
+        axis.set_yticks(end - count / 2, shown, rotation=90, va="center")
+        for edge in end[:-1]:
+            axis.axvline(edge, color="black", lw=0.8)
+            axis.axhline(edge, color="black", lw=0.8)
     figure.colorbar(image, ax=axes, label="cosine similarity (Eq. 4)", shrink=0.8)
 
 
