@@ -160,7 +160,7 @@ def fold_windows(source, fold, dense=False, folds="subjects", labelled=None):
     for number in range(source.outputs) if source.task == "classification" else ():
         if number not in samples[0].label:
             raise UserError(f"{source.path}: no training sample of class {number} of 0 to "
-                            f"{source.outputs - 1}; add some, or take fewer with --classes")
+                            f"{source.outputs - 1} in fold {fold}; add some, or take another fold")
     return Fold(*samples)
 
 
@@ -795,6 +795,7 @@ class Features:
             self.label = torch.from_numpy(np.int64(label).repeat(clips))
             return
 
+        self._expect(arrays, "label", "f", label.shape)  # whole numbers are classes
         if label.any() and np.isin(label, (0, 1)).all():
             raise UserError(f"{self.path}: label is all 0 and 1; write classes as label.argmax(1)")
         self.task = "regression"
@@ -804,7 +805,8 @@ class Features:
         self.label = label.where((label != INVALID).all(1, True), NO_LABEL)
         self.frame_row = self.label.isfinite().all(1).nonzero().flatten()
         self.frame_label = self.label[self.frame_row]
-        if self.backbones and "frame_row" in arrays:  # stage 2's, checked when they were read
+        # stage 2's, checked when they were read
+        if self.backbones and {"frame_row", "frame_label"} <= arrays.keys():
             self.frame_row = torch.from_numpy(arrays["frame_row"])
             self.frame_label = torch.from_numpy(arrays["frame_label"])
 

@@ -294,9 +294,9 @@ def make_student(teacher, args, with_backbone):
 
 
 def open_faces(settings, args, folder=None, whole=False):
-    """What a run's student looks at, without anything privileged unless a features file is read as
-    a whole: the data set that it was trained on, or the unlabelled faces in a folder. A features
-    file may be another one, of the same shape."""
+    """What a run's student looks at: its data set, or the unlabelled faces in a folder. Nothing
+    privileged is read, but of a features file with whole=True. A features file may be another one,
+    of the same shape."""
     kind = settings["dataset"]
     length = settings["length"]
     size = settings["image_size"]
@@ -1129,7 +1129,7 @@ def main():
     args = parse()
     code = 0
     train_teacher.join_ranks(args)
-    if args.k > args.batch_size:
+    if args.method == "pkdot" and args.k > args.batch_size:
         raise UserError(f"--k {args.k}: the similarity matrix has only --batch-size "
                         f"{args.batch_size} rows; lower --k or raise --batch-size")
     if len(args.lambdas) > 1 and not (args.table or args.figure in FIGURES):
@@ -1150,9 +1150,11 @@ def main():
 
 
 def tabulate(args):
-    if args.method != "pkdot" or args.teacher or args.figure == "labels" and args.labelled:
+    rows_own = (args.method, args.role, args.hallucinate) != ("pkdot", "student", "tnet")
+    if rows_own or args.teacher or args.figure == "labels" and args.labelled:
         raise UserError("--table and --figure choose methods and teachers, and --figure labels "
-                        "numbers of labels: leave --method, --teacher and --labelled out")
+                        "numbers of labels: leave --method, --role, --hallucinate, --teacher and "
+                        "--labelled out")
     args.fold = args.fold or ["all"]
     args.resume = True  # what is trained already stays
     if args.figure == "5":

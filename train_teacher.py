@@ -76,7 +76,7 @@ def choose_device(name, amp=False):
         device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}; torch finds "
-                        f"{torch.accelerator.device_count()} GPUs, for one process each") from None
+                        f"{torch.accelerator.device_count()} GPUs (one a process)") from None
     if amp and device.type != "cuda":
         raise UserError(f"--amp is for CUDA, and this runs on {device}: leave it out, "
                         "float32 is right everywhere")
@@ -203,7 +203,7 @@ def save(path, state):
 def read_checkpoint(path):
     """What torch.save wrote, on the CPU; code in the file is not run."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; expected a checkpoint or state dict")
+        raise UserError(f"{path}: no such file; give another, or train it first")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's, about files not its own
             # torch does not compare the checksums that a zip file has
@@ -556,7 +556,7 @@ def train_backbone(modality, source, fold, settings, args, folder):
             losses.append(loss.detach()[None])
         means, fault = step_means(losses, ["L_gt"], epoch)
         if fault:
-            diverged(fault, "lower --lr", path, best and checkpoint | best, args)
+            diverged(fault, "lower --lr", path, best and (checkpoint | best), args)
 
         # the epoch is chosen on held-out training groups
         model.eval()
