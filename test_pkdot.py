@@ -3642,7 +3642,7 @@ def test_a_class_without_a_sample_is_refused_before_training(stand_in, tmp_path,
         shutil.rmtree(folder)
     assert call(train_teacher, f"--dataset biovid_b --root {tmp_path}/pain --device cpu --out {tmp_path}/out") == 2
     shown = capsys.readouterr()
-    assert re.fullmatch(f"error: {tmp_path}/pain: no training sample of class 1 of 0 to 1; .*\n", shown.err)
+    assert re.fullmatch(f"error: {tmp_path}/pain: no training sample of class 1 of 0 to 1 in fold 1; .*\n", shown.err)
     assert not (tmp_path / "out").exists()
 
 

@@ -1152,9 +1152,8 @@ def main():
 def tabulate(args):
     rows_own = (args.method, args.role, args.hallucinate) != ("pkdot", "student", "tnet")
     if rows_own or args.teacher or args.figure == "labels" and args.labelled:
-        raise UserError("--table and --figure choose methods and teachers, and --figure labels "
-                        "numbers of labels: leave --method, --role, --hallucinate, --teacher and "
-                        "--labelled out")
+        raise UserError("--table and --figure choose methods and teachers: leave --method, --role, "
+                        "--hallucinate and --teacher out, with --figure labels also --labelled")
     args.fold = args.fold or ["all"]
     args.resume = True  # what is trained already stays
     if args.figure == "5":
