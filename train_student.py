@@ -181,13 +181,16 @@ def distil(teacher, args, keep_student=True, watch=None):
     # finish: the test fold, once; the score of the validation part, by which a table chooses lambda
     if best:
         trained.load_state_dict(best["model"])
-    tested = samples_of(features, fold.test)
-    state = best and keep_student and dict(
-        kind="student", settings=saved_as, model=snapshot(student), test_names=[*tested],
-        test_labels=fingerprint(tested))
+    state = None
+    if best and keep_student:
+        tested = samples_of(features, fold.test)
+        state = dict(kind="student", settings=saved_as, model=snapshot(student),
+                     test_names=[*tested], test_labels=fingerprint(tested))
     if fault:
         train_teacher.diverged(fault, "lower --lr or raise --epsilon", finished, state, args)
-    validation = criterion(score(features, fold.val, predict(fold.val)))
+    validation = best["score"]
+    if args.select == "test":
+        validation = criterion(score(features, fold.val, predict(fold.val)))
     output = predict(fold.test)
     found = score(features, fold.test, output)
     record = result_line(
