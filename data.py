@@ -98,8 +98,8 @@ class Fold(NamedTuple):
     test: Windows
 
 
-class Scored(NamedTuple):
-    """What a score compares, one line a labelled sample (classes) or frame (valence/arousal)."""
+class Aligned(NamedTuple):
+    """What a metric compares, one line a labelled sample (classes) or frame (valence/arousal)."""
     prediction: Tensor  # (T, C), or float64 (T, 2)
     label: Tensor  # int64 (T,), or float64 (T, 2)
     row: Tensor  # (T,) the source's row that the line belongs to
@@ -172,13 +172,16 @@ def few_labels(source, train, number, fold):
     candidates = train[samples.index[:, 0]] & samples.labelled.numpy()
     order = np.random.default_rng(fold).permutation(np.flatnonzero(candidates))
     level = samples.label[order].numpy() if samples.label.ndim == 1 else 0 * order
-    same = level[:, None] == np.unique(level)  # (samples, classes)
-    if not same.shape[1] <= number <= len(order):
+    levels = np.unique(level)
+    if not len(levels) <= number <= len(order):
         raise UserError(f"{source.path}: cannot keep {number} training labels; this fold takes "
-                        f"from {same.shape[1]} (one a class) to {len(order)} (all there are)")
+                        f"from {len(levels)} (one a class) to {len(order)} (all there are)")
 
-    rank = same.cumsum(0)[same]  # of each sample in its class, from 1
-    place = np.where(rank == 1, 0, (rank - 0.5) / (same @ same.sum(0)))  # from 0 to 1 in the order
+    # each class is spread evenly over a line from 0 to 1, its first sample at 0
+    place = np.zeros(len(order))
+    for one in levels:
+        of_class = np.flatnonzero(level == one)
+        place[of_class[1:]] = (np.arange(1, len(of_class)) + 0.5) / len(of_class)
     kept = samples.take(order[place.argsort(kind="stable")[:number]])
 
     hidden = train.copy()
@@ -211,8 +214,8 @@ def parts(source, fold, folds="subjects"):
     return np.where(test, "test", np.where(np.isin(group, rest[::8]), "val", "train"))
 
 
-def scored(source, windows, output):
-    """What a score compares of the windows' outputs, (S, classes) or (S, L, 2) -> Scored.
+def aligned(source, windows, output):
+    """What a metric compares of the windows' outputs, (S, classes) or (S, L, 2) -> Aligned.
 
     A row's valence and arousal are those of the one window that keeps it, and hold for all its
     frames. Samples and frames without a label are left out.
@@ -220,13 +223,13 @@ def scored(source, windows, output):
     output = output.cpu()
     if source.task == "classification":
         chosen = windows.labelled
-        return Scored(output[chosen], windows.label[chosen], windows.index[chosen, 0])
+        return Aligned(output[chosen], windows.label[chosen], windows.index[chosen, 0])
     kept = windows.index[windows.keep]
     of_row = torch.zeros(len(source.label), 2, dtype=torch.float64)
     of_row[kept] = output.double()[windows.keep]
     frames = torch.isin(source.frame_row, kept)
     row = source.frame_row[frames]
-    return Scored(of_row[row], source.frame_label[frames].double(), row)
+    return Aligned(of_row[row], source.frame_label[frames].double(), row)
 
 
 def image_files(folder, prefix, first=0):
@@ -307,6 +310,22 @@ class Source:
 
     def visual(self, row):
         return read_frames(*self.images[row], self.image_size)
+
+    def traces(self, modality, rows):
+        """What tells the files of rows from others: their sizes, and of a signal, since recordings
+        of one length have one size, some bytes. Images are not opened: there may be a million."""
+        if modality == "visual":
+            return [[name, os.path.getsize(os.path.join(folder, name))]
+                    for folder, names in (self.images[row] for row in rows) for name in names]
+
+        @cache
+        def trace(path):
+            size = path.stat().st_size
+            with open(path, "rb") as file:
+                file.seek(size // 2)
+                return [size, file.read(4096).hex()]
+
+        return [[trace(path), *where] for path, *where in (self.signals[row] for row in rows)]
 
     def folders(self):
         return dict.fromkeys(folder for folder, _ in self.images)
@@ -745,7 +764,7 @@ class Features:
             self.rows[key] = torch.from_numpy(np.float32(array)).flatten(0, 1)
 
         self.length = length or clips
-        self.backbones = str(arrays.get("backbones", ""))  # whose features they are, from stage 2
+        self.backbones = np.array(arrays.get("backbones", ())).tolist()  # stage 2: whose features
         self._read_names(arrays, count, clips)
         if labelled:
             self._read_label(arrays, count, clips)
@@ -815,6 +834,9 @@ class Features:
 
     def privileged(self, row):
         return self.rows["privileged"][row]
+
+    def traces(self, modality, rows):
+        return self.rows[modality][rows]
 
     def check(self):
         return ()

@@ -246,7 +246,7 @@ class Fused(NamedTuple):
     z: torch.Tensor
 
 
-def fused(h, layer, per_clip):
+def pooled(h, layer, per_clip):
     """Fused from h (B, L, m): z is its mean over L, and the output is of each clip or of z."""
     z = h.mean(1)
     return Fused(layer(h if per_clip else z), z)
@@ -266,7 +266,7 @@ class ConcatFusion(nn.Module):
 
     def forward(self, visual, privileged):
         h = F.relu(self.hidden(torch.cat([visual, privileged], -1)))  # (B, L, 512)
-        return fused(h, self.classifier, self.per_clip)
+        return pooled(h, self.classifier, self.per_clip)
 
 
 class JointCrossAttention(nn.Module):
@@ -309,7 +309,7 @@ class JointCrossAttention(nn.Module):
         att_v = self.W_hv @ H_v + X_v
 
         x = torch.cat([att_v, att_a], -1)  # (B, L, 1024)
-        return fused(x, self.regressor, self.per_clip)
+        return pooled(x, self.regressor, self.per_clip)
 
 
 class MultimodalTransformer(nn.Module):
@@ -338,7 +338,7 @@ class MultimodalTransformer(nn.Module):
         att_p, _ = self.attend_p(v, p, p, need_weights=False)
         g = torch.sigmoid(self.gate(torch.cat([att_v, att_p], -1)))  # (B, L, 1)
         h = g * att_v + (1 - g) * att_p  # (B, L, 512)
-        return fused(h, self.classifier, self.per_clip)
+        return pooled(h, self.classifier, self.per_clip)
 
 
 # by the name that --fusion has for it
@@ -348,32 +348,27 @@ HEADS = {"concat": ConcatFusion, "jca": JointCrossAttention, "mmt": MultimodalTr
 class Student(nn.Module):
     """Visual backbone, T-Net, fusion head (Fig. 3, bottom): video (B, L, 3, F, H, W) -> Fused.
 
-    hallucinate: what stands in for the privileged features; "tnet", or for ablations "zero" and
-    "oracle", which is given the true ones: no student, but what a perfect T-Net would allow.
-    chunk: how many rows of `video` (clips) pass the backbone at a time. Their activations are not
-    kept but computed again going backward (gradient caching), so that a batch of any size fits.
-    Exact, since batch norm is in eval mode when a student trains.
+    chunk: how many clips pass the backbone at a time. Their activations are not kept but computed
+    again going backward (gradient caching), so that a batch of any size fits. Exact, since batch
+    norm is in eval mode when a student trains.
     """
 
-    def __init__(self, backbone, tnet, head, hallucinate="tnet", chunk=None):
+    def __init__(self, backbone, tnet, head, chunk=None):
         super().__init__()
         self.backbone, self.tnet, self.head = backbone, tnet, head
-        self.hallucinate, self.chunk = hallucinate, chunk
+        self.chunk = chunk
 
-    def forward(self, video, windows=None, privileged=None):
-        """video (B, L, ...); or distinct clips (U, 1, ...) and which of them each window has,
-        (B, L)."""
+    def forward(self, video, privileged=None):
         if self.chunk:
-            features = torch.cat([checkpoint(self.backbone, clips, use_reentrant=False)
-                                  for clips in video.split(self.chunk)])
+            clips = video.flatten(0, 1).unsqueeze(1)  # (B * L, 1, 3, F, H, W)
+            features = torch.cat([checkpoint(self.backbone, some, use_reentrant=False)
+                                  for some in clips.split(self.chunk)])
+            features = features.view(*video.shape[:2], D)
         else:
             features = self.backbone(video)
-        return self.fuse(features if windows is None else features[:, 0][windows], None, privileged)
+        return self.fuse(features, privileged)
 
-    def fuse(self, visual, windows=None, privileged=None):
-        """From visual features (B, L, 512); --finetune moves them under the T-Net, which stays."""
-        if self.hallucinate == "zero":
-            privileged = torch.zeros_like(visual)
-        elif self.hallucinate == "tnet":
-            privileged = self.tnet(visual)
-        return self.head(visual, privileged)
+    def fuse(self, visual, privileged=None):
+        """From visual features (B, L, 512); --finetune moves them under the T-Net, which stays.
+        privileged (B, L, 512), if given, takes the place of what the T-Net hallucinates."""
+        return self.head(visual, self.tnet(visual) if privileged is None else privileged)

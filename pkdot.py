@@ -144,7 +144,7 @@ def task_loss(output, label):
     return 1 - (ccc(output[:, 0], label[:, 0]) + ccc(output[:, 1], label[:, 1])) / 2
 
 
-def scores(prediction, label):
+def metrics(prediction, label):
     """What the tables show, as a dict: accuracy in percent of (N, classes) and labels (N,), or the
     CCC of valence and of arousal of two (N, 2); and n, how many were scored. All have a label."""
     if not label.is_floating_point():

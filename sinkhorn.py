@@ -176,7 +176,7 @@ def _solve(cost, epsilon, weights, tol=1e-5, max_iter=1000):
     rounding = unit * largest / epsilon
     tol = max(tol, min(3 * rounding, 0.1))
 
-    weights = weights.clamp(min=unit**2)  # points of no weight have a potential, too
+    weights = weights.clamp(min=1e-20)  # points of no weight have a potential, too
     log_weights = weights.log()
     ones = torch.ones_like(weights)
     sizes = cost.shape[-2:]

@@ -11,6 +11,7 @@ predict, tabulate.
 The student is the visual backbone of stage 1 (frozen, unless --finetune), the frozen T-Net of stage
 2 and a fresh fusion head of the teacher's architecture, trained with L = L_gt + lambda W (Eq. 9).
 """
+import ast
 import csv
 import json
 import math
@@ -19,8 +20,9 @@ import statistics
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
+from collections.abc import Callable
 from functools import cache, partial
-from itertools import product, starmap
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +33,6 @@ from tqdm import tqdm
 
 import data
 import models
-import train_teacher
 from data import Parser, UserError
 from models import Fused
 from pkdot import (
@@ -45,226 +46,249 @@ from pkdot import (
     task_loss,
 )
 from train_teacher import (
-    alone,
+    ALONE,
+    add_common_flags,
+    answers,
     append_line,
     at_least,
     autocast,
+    backbone_state,
     bar,
     better,
+    clip_answers,
     clip_loader,
+    content,
     criterion,
-    deal_out,
     dealt,
+    diverged,
     fingerprint,
     fold_of,
+    folds_of,
+    gather,
     heading,
+    join_ranks,
+    keep_progress,
+    leave_ranks,
     load,
+    log_videos,
+    make_backbone,
     make_head,
     make_settings,
-    one_voice,
+    measure,
+    open_features,
     result_line,
-    score,
+    run_folder,
+    save,
     seed_all,
+    share,
     show,
     snapshot,
-    with_flags,
+    spread,
+    stage_1_folder,
+    start_log,
+    start_or_resume,
+    step_means,
+    train_teacher,
+    trainings_of,
+    variant,
+    wait_for_all,
 )
 
 EPOCHS, STAND_IN_EPOCHS = 20, 50  # the release's; a stand-in's epochs are of few steps
 
-# What lambda weighs in Eq. 9, of the student's and the teacher's Fused of a batch.
-# To add a baseline: write its loss in pkdot.py, and a line here.
+
+class Method(NamedTuple):
+    loss: Callable  # of the student's Fused of a batch, the teacher's, and the flags
+    flags: str = ""  # those that it reads, besides lambda
+
+
+# What lambda weighs in Eq. 9. To add a baseline: write its loss in pkdot.py, and a line here.
 METHODS = {
-    "pkdot": lambda s, t, args: pkdot_loss(  # Eq. 1-6
+    "pkdot": Method(lambda s, t, args: pkdot_loss(  # Eq. 1-6
         s.z, t.z, args.k, args.epsilon, args.debias, args.anchors, args.shared, args.transport),
-    "cosine": lambda s, t, args: cosine_loss(s.z, t.z),
-    "mse": lambda s, t, args: mse_loss(s.z, t.z),
-    "kl": lambda s, t, args: kl_loss(s.output, t.output),
-    "rkd": lambda s, t, args: rkd_loss(s.z, t.z),
-    "none": lambda s, t, args: s.z.new_zeros(())}
+        "k epsilon debias anchors shared transport"),
+    "cosine": Method(lambda s, t, args: cosine_loss(s.z, t.z)),
+    "mse": Method(lambda s, t, args: mse_loss(s.z, t.z)),
+    "kl": Method(lambda s, t, args: kl_loss(s.output, t.output)),
+    "rkd": Method(lambda s, t, args: rkd_loss(s.z, t.z)),
+    "none": Method(lambda s, t, args: s.z.new_zeros(()))}
 
 
-def distil(teacher, args, keep_student=True, watch=None):
-    """Stage 3 of one fold: a student of a teacher (`open_teacher`); returns the results line that
-    it appends.
+def distil(teacher, features, fold, args, ranks, run=None):
+    """Stage 3 of one fold, of a teacher (`open_teacher`) and its data (`teacher_data`) -> the
+    student's results line, and the student as it was in the epoch chosen.
 
-    args: the parsed flags. watch(epoch, predict), if given, is called before the first epoch and
-    after each; predict(windows, "z") is the student's z (S, m) of them.
+    args: the parsed flags, of one lambda. run: the folder of a student that is kept, where each
+    epoch is logged and --resume finds how far it came.
     """
-    # prepare: the teacher's answers to all windows, the student, what it sees
     begin = time.time()
-    run = teacher["path"].parent
     settings = teacher["settings"]
-    choice = identity(args, teacher)
-    saved_as = settings | {f"student_{key}": value for key, value in choice.items()}
-    finished = run / f"student-{args.method}.pt"
-    progress = finished.with_suffix(".progress")
-    resume = args.resume and keep_student
-    if resume and finished.exists():
-        done = load(finished, "student")
-        if done["settings"] == saved_as:
-            print(f"{finished} is finished")
-            return done["record"]
+    choice = choices(args, teacher)
     if args.method == "kl" and settings["task"] == "regression":
         raise UserError(f"--method {args.method} compares class probabilities, and valence/arousal "
                         "has none; choose another method")
 
-    features, fold = teacher_data(teacher, args)
-    index = fold.train.index
-    samples = len(index)
-    b = min(args.batch_size, samples)
-    args = with_flags(args, k=min(args.k, b))  # no more anchors than rows
-    if b < args.batch_size and keep_student:
-        print(f"warning: only {samples} training samples; batches are of {b} and k is {args.k}",
-              file=sys.stderr)
+    # the frozen teacher's answers to all pairs, once
+    index = fold.train.index  # (S, L)
     label = fold.train.label.to(args.device)
     targets = teacher_answers(teacher, features, index)
 
+    # no more rows than samples, no more anchors than rows
+    samples = len(index)
+    b = min(args.batch_size, samples)
+    args = with_flags(args, k=min(args.k, b))
+    if run and b < args.batch_size:
+        print(f"warning: only {samples} training samples; batches are of {b} and k is {args.k}",
+              file=sys.stderr)
+
+    # the student, and what it sees
     seed_all(args.seed, 3)
-    student, trained = make_student(teacher, args, with_backbone=args.finetune or keep_student)
-    optimizer, first, best = train_teacher.start_or_resume(
-        trained, args.lr, progress, saved_as, resume)
+    student, trained = make_student(teacher, args)
     seen = what_the_student_sees(features, settings, args)
     network = student if args.finetune else student.fuse
-    over_ranks = train_teacher.spread(network, args)
-
-    def forward(network, x):
-        with autocast(args, args.amp):
-            output, z = network(*x)
-        return Fused(output.float(), z.float())
-
-    def predict(windows, part="output"):
-        batches = dealt(torch.arange(len(windows.index)).split(b), args)
-        inputs = student_inputs(*seen, windows.index, batches, args)
-        return train_teacher.answers(lambda x: getattr(forward(network, x), part), inputs, args)
+    over_ranks = spread(network, args, ranks)
+    finished = (run or Path()) / f"student-{args.method}.pt"
+    progress = finished.with_suffix(".progress")
+    progress_of = settings | {"student": choice}
+    optimizer, first, best = start_or_resume(
+        trained, args.lr, progress, progress_of, args.resume and run)
 
     epochs = choice["epochs"]
     fault = None
-    if watch:
-        watch(0, predict)
     for epoch in bar(range(first, epochs), f"{args.method} fold {settings['fold']}"):
-        # one epoch; the last batch is dropped, since S wants b rows
+        # S wants b rows: the rest, fewer than b, is dropped
         seed_all(args.seed, 3, epoch + 1)
         batches = torch.randperm(samples)[:samples - samples % b].split(b)
-        shares = [train_teacher.share(batch, args) for batch in batches]
-        inputs = student_inputs(*seen, index, shares, args)
-        trained["head"].train()  # a backbone's batch norm keeps the statistics of stage 1
-        fused = (forward(over_ranks, x) for x in inputs)
-        terms = train_epoch(fused, batches, label, targets, optimizer, args)
-        means, fault = train_teacher.step_means(terms, ["L_gt", "W"], epoch)
+        shares = [share(batch, ranks) for batch in batches]
+        inputs = student_inputs(seen, index, shares, args)
+
+        # one pass over all pairs; a backbone's batch norm keeps the statistics of stage 1
+        trained["head"].train()
+        terms = []
+        for batch, x in zip(batches, inputs, strict=True):
+            batch = batch.to(args.device)
+
+            # forward: this rank's share, then the whole batch of student and teacher
+            s = Fused(*(gather(part, b, ranks) for part in answer(over_ranks, x, args)))
+            t = Fused(*(part[batch] for part in targets))
+
+            loss_gt = task_loss(s.output, label[batch])  # Eq. 7 or 8
+            W = distillation_loss(s, t, args)
+            loss = loss_gt + choice["lambda"] * W  # Eq. 9
+
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            terms.append(torch.stack([loss_gt, W]).detach())
+        means, fault = step_means(terms, ["L_gt", "W"], epoch)
         if fault:
             break
 
-        # select: val, held-out training groups choose the epoch; test, the test fold does (the
-        # release); last, nothing
+        # what chooses the epoch: held-out training groups (val), the test fold (test; the release)
+        # or nothing (last)
         trained.eval()
         part = "test" if args.select == "test" else "val"
         chosen_on = getattr(fold, part)
-        found = score(features, chosen_on, predict(chosen_on))
+        output = student_answers(network, seen, chosen_on.index, args, ranks)
+        found = measure(features, chosen_on, output)
         before = None if args.select == "last" else best
         best = better(before, criterion(found), epoch, trained)
 
-        # keep; the two terms of every epoch go to log.jsonl, those of ten to the screen
-        if keep_student and args.rank == 0:
+        # the two terms of every epoch go to log.jsonl, those of ten to the screen
+        if run and ranks.rank == 0:
             loss_gt, W = means
-            lambda_w = args.lam * W
+            lambda_w = choice["lambda"] * W
             append_line(run / "log.jsonl", dict(
                 stage="student", method=args.method, seed=args.seed, epoch=epoch + 1,
                 loss_gt=loss_gt, w=W, lambda_w=lambda_w, **found))
             if epoch % max(epochs // 10, 1) == 0 or epoch + 1 == epochs:
                 tqdm.write(f"epoch {epoch + 1:3d}  L_gt {loss_gt:.4f}  lambda W {lambda_w:.4f}  "
                            f"{part} {show(found)}")
-            train_teacher.keep_progress(progress, saved_as, epoch, trained, optimizer, best)
-        if watch:
-            watch(epoch + 1, predict)
+            keep_progress(progress, progress_of, epoch, trained, optimizer, best)
 
-    # finish: the test fold, once; the score of the validation part, by which a table chooses lambda
     if best:
         trained.load_state_dict(best["model"])
-    state = None
-    if best and keep_student:
-        tested = samples_of(features, fold.test)
-        state = dict(kind="student", settings=saved_as, model=snapshot(student),
-                     test_names=[*tested], test_labels=fingerprint(tested))
     if fault:
-        train_teacher.diverged(fault, "lower --lr or raise --epsilon", finished, state, args)
+        state = best and run and student_state(student, progress_of, features, fold)
+        diverged(fault, "lower --lr or raise --epsilon", finished, state, ranks)
+
+    # the test fold, once; and the validation part's score, by which a table chooses lambda
     validation = best["score"]
     if args.select == "test":
-        validation = criterion(score(features, fold.val, predict(fold.val)))
-    output = predict(fold.test)
-    found = score(features, fold.test, output)
+        output = student_answers(network, seen, fold.val.index, args, ranks)
+        validation = criterion(measure(features, fold.val, output))
+    output = student_answers(network, seen, fold.test.index, args, ranks)
+    found = measure(features, fold.test, output)
+    if run and ranks.rank == 0:
+        log_videos(run, f"student {args.method}", features, fold.test, output)
     record = result_line(
-        settings, "student", found, time.time() - begin, b=b, k_used=args.k,
+        settings, "student", found, time.time() - begin, b=b, k_used=args.k, code=code(),
         epoch=best["epoch"] + 1, validation=validation, **choice)
-    if args.rank == 0:
-        if keep_student:
-            train_teacher.log_videos(run, f"student {args.method}", features, fold.test, output)
-            train_teacher.save(finished, state | {"scores": found, "record": record})
-            progress.unlink(missing_ok=True)
-        append_line(args.out / "results.jsonl", record)
-    return record
+    return record, student
 
 
-def train_epoch(fused, batches, label, teacher, optimizer, args):
-    """The steps of one epoch; returns L_gt and W of each.
+def distillation_loss(s, t, args):
+    """W in Eq. 9; NaN for a student that has diverged, which `step_means` reports."""
+    try:
+        return METHODS[args.method].loss(s, t, args)
+    except ValueError:
+        if s.z.isfinite().all():
+            raise
+        return s.z.sum() * math.nan
 
-    fused: the student's Fused of this rank's share of each batch, computed as it is asked for;
-    label (S, ...) and the teacher's Fused (S, ...) are of all windows.
-    """
-    terms = []
-    for batch, s in zip(batches, fused, strict=True):
-        batch = batch.to(args.device)
-        s = Fused(*(train_teacher.gather(part, len(batch), args) for part in s))
-        t = Fused(*(part[batch] for part in teacher))
 
-        loss_gt = task_loss(s.output, label[batch])  # Eq. 7 or 8
-        try:
-            W = METHODS[args.method](s, t, args)
-        except ValueError:
-            if s.z.isfinite().all():
-                raise
-            W = loss_gt * math.nan  # diverged: `step_means` says where
-        loss = loss_gt + args.lam * W  # Eq. 9
+def answer(network, x, args):
+    """A student's Fused, in float32, of what `student_inputs` yields."""
+    with autocast(args, args.amp):
+        output, z = network(*x)
+    return Fused(output.float(), z.float())
 
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        terms.append(torch.stack([loss_gt, W]).detach())
-    return terms
+
+def student_answers(network, seen, index, args, ranks, part="output"):
+    """The student's output, or "z", of all windows index (S, L), on the CPU."""
+    batches = dealt(torch.arange(len(index)).split(args.batch_size), ranks)
+    inputs = student_inputs(seen, index, batches, args)
+    return answers(lambda x: getattr(answer(network, x, args), part), inputs, ranks)
+
+
+class Seen(NamedTuple):
+    """What a student is shown."""
+    visual: object  # rows (R, Dv) on the device, or a data set of faces
+    privileged: torch.Tensor | None  # (R, 512); of an ablation: in place of the T-Net's output
 
 
 def what_the_student_sees(features, settings, args):
-    """(visual, privileged): the rows of visual features (R, 512), or under --finetune what lies
-    before the backbone, a data set of faces or rows (R, Dv); and for an oracle the true privileged
-    features (R, 512), else None."""
-    visual = features.rows["visual"]
-    privileged = features.rows["privileged"] if args.hallucinate == "oracle" else None
+    """The visual features, or under --finetune what lies before the backbone: faces, or the rows of
+    a features file. --hallucinate oracle is no student, but what a perfect T-Net would allow."""
+    visual, privileged = features.rows["visual"], features.rows["privileged"]
     if args.finetune:
-        source = open_faces(settings, args, whole=True)
-        if train_teacher.digest(source) != settings["data"]:
-            raise UserError(
-                f"{source.path}: its samples are not those that the teacher was trained on; "
-                "train the teacher again, or give the --root it was trained on")
+        source = open_faces(settings, args)
+        expect_same_data(source, settings)
         file = settings["dataset"] == "features"
         visual = source.rows["visual"].to(args.device) if file else source
-    return visual, privileged
+    instead = {"tnet": None, "zero": torch.zeros_like(privileged), "oracle": privileged}
+    return Seen(visual, instead[args.hallucinate])
 
 
-def student_inputs(visual, privileged, index, batches, args):
-    """What the student sees of the windows index (S, L), batch by batch: (visual, windows,
-    privileged). Rows give visual (b, L, D) and windows None; a data set gives the distinct clips
-    (U, 1, 3, F, H, W) of the batch, read once each, and which of them its windows have (b, L)."""
-    batches = [index[batch] for batch in batches]  # (b, L) rows each
-    if torch.is_tensor(visual):
-        clips, windows = (visual[rows] for rows in batches), [None] * len(batches)
+def expect_same_data(source, settings):
+    """Raises UserError unless a data set holds the faces and labels that a teacher was trained on,
+    wherever it lies."""
+    if any(value != settings["data"][key] for key, value in content(source, ["visual"]).items()):
+        raise UserError(f"{source.path}: its samples are not those that the teacher was trained "
+                        "on; train the teacher again, or give the --root it was trained on")
+
+
+def student_inputs(seen, index, batches, args):
+    """What the student sees of the windows index (S, L), batch by batch: rows (b, L, D) or clips
+    (b, L, 3, F, H, W), and what takes the place of the T-Net's output, or None."""
+    windows = [index[batch] for batch in batches]  # (b, L) rows each
+    if torch.is_tensor(seen.visual):
+        visual = (seen.visual[rows] for rows in windows)
     else:
-        distinct = [rows.unique() for rows in batches]
-        windows = map(torch.searchsorted, distinct, batches)
-        every = torch.arange(len(visual.name))[:, None]
-        clips = clip_loader(visual, "visual", every, distinct, args)
-    for rows, x, which in zip(batches, clips, windows, strict=True):
-        true = None if privileged is None else privileged[rows]
-        yield x.to(args.device, non_blocking=True), which, true
+        visual = clip_loader(seen.visual, "visual", index, batches, args)
+    for rows, x in zip(windows, visual, strict=True):
+        instead = None if seen.privileged is None else seen.privileged[rows]
+        yield x.to(args.device, non_blocking=True), instead
 
 
 @torch.no_grad()
@@ -273,22 +297,20 @@ def teacher_answers(teacher, features, index):
     visual, privileged = features.rows["visual"], features.rows["privileged"]
     head = make_head(teacher["settings"]).to(visual.device).eval()
     head.load_state_dict(teacher["head"])
-    answers = [head(visual[rows], privileged[rows]) for rows in index.split(256)]
-    return Fused(*map(torch.cat, zip(*answers, strict=True)))
+    parts = [head(visual[rows], privileged[rows]) for rows in index.split(256)]
+    return Fused(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def build_student(settings, hallucinate="tnet", chunk=None):
-    return models.Student(train_teacher.make_backbone("visual", settings), models.TNet(),
-                          make_head(settings), hallucinate, chunk)
+def build_student(settings, chunk=None):
+    return models.Student(make_backbone("visual", settings), models.TNet(), make_head(settings),
+                          chunk)
 
 
-def make_student(teacher, args, with_backbone):
-    """The student, and the part of it that stage 3 trains; all else is frozen. Only what is run or
-    saved needs a backbone with weights."""
-    student = build_student(teacher["settings"], args.hallucinate, args.chunk)
+def make_student(teacher, args):
+    """The student, and the part of it that stage 3 trains; all else is frozen."""
+    student = build_student(teacher["settings"], args.chunk)
     student.tnet.load_state_dict(teacher["tnet"])
-    if with_backbone:
-        student.backbone.load_state_dict(visual_weights(teacher))
+    student.backbone.load_state_dict(visual_backbone(teacher))
     student.to(args.device).requires_grad_(False).eval()
     trained = torch.nn.ModuleDict({"head": student.head})
     if args.finetune:
@@ -296,17 +318,23 @@ def make_student(teacher, args, with_backbone):
     return student, trained.requires_grad_(True)
 
 
-def open_faces(settings, args, folder=None, whole=False):
+def student_state(student, settings, features, fold):
+    """A student's checkpoint: all that it needs without its teacher, and its test samples."""
+    tested = samples_of(features, fold.test)
+    return dict(kind="student", settings=settings, model=snapshot(student),
+                test_names=[*tested], test_labels=fingerprint(tested))
+
+
+def open_faces(settings, args, folder=None):
     """What a run's student looks at: its data set, or the unlabelled faces in a folder. Nothing
-    privileged is read, but of a features file with whole=True. A features file may be another one,
-    of the same shape."""
+    privileged is read. A features file may be another one, of the same shape."""
     kind = settings["dataset"]
     length = settings["length"]
     size = settings["image_size"]
     root = folder or args.root or settings["root"]
     start = settings["face_start"] if args.face_start is None else args.face_start
     if kind == "features":
-        source = data.Features(root, privileged=whole, labelled=not folder)
+        source = data.Features(root, privileged=False, labelled=not folder)
         found, wanted = source.rows["visual"].shape[1], settings["visual_dim"]
         if (source.length, found) != (length, wanted):
             raise UserError(f"{root}: visual is (N, {source.length}, {found}), the student was "
@@ -318,21 +346,21 @@ def open_faces(settings, args, folder=None, whole=False):
 
 
 def open_teacher(path, settings=None):
-    """A teacher's checkpoint (of these settings, if given), and with it where it lies and which
-    weights it is."""
+    """A teacher's checkpoint (of these settings, if given), where its stage 1 lies, and what makes
+    it this teacher."""
     state = load(path, "teacher", settings)
-    parts = fingerprint(state["head"]), fingerprint(state["tnet"]), state["backbones"]
-    folder = train_teacher.stage_1_folder(path.parent, state["settings"])
-    teacher = state | {"path": path, "stage 1": folder, "weights": "-".join(parts)}
-    visual_weights(teacher)  # or one line says that they are others by now
+    teacher = state | {
+        "path": path, "stage 1": stage_1_folder(path.parent, state["settings"]),
+        "made of": fingerprint([state["backbones"], state["head"], state["tnet"]])}
+    visual_backbone(teacher)  # or one line says that it is another one by now
     return teacher
 
 
-def visual_weights(teacher):
+def visual_backbone(teacher):
     """Stage 1's weights of the visual backbone, those that the teacher was trained on."""
     folder = teacher["stage 1"]
-    weights = train_teacher.backbone_weights(load(folder / "visual.pt", "visual"))
-    if not teacher["backbones"].startswith(fingerprint(weights)):
+    weights = backbone_state(load(folder / "visual.pt", "visual"))
+    if teacher["backbones"][0] != fingerprint(weights):
         raise UserError(f"{folder}: visual.pt was trained again after {teacher['path']}; "
                         "finish the teacher: train_teacher.py --resume with the same flags")
     return weights
@@ -341,7 +369,7 @@ def visual_weights(teacher):
 def teacher_data(teacher, args):
     """The features that a teacher was trained on, and their fold."""
     settings = teacher["settings"]
-    features = train_teacher.open_features(teacher["stage 1"], settings, args.device)
+    features = open_features(teacher["stage 1"], settings, args.device)
     if features.backbones != teacher["backbones"]:
         raise UserError(f"{teacher['stage 1']}: features.npz is of other backbones than "
                         f"{teacher['path']}; finish the teacher: train_teacher.py --resume with "
@@ -349,24 +377,28 @@ def teacher_data(teacher, args):
     return features, fold_of(features, settings, dense=True)
 
 
-CHOICES = """method k epsilon debias anchors shared transport hallucinate
-             batch_size lr epochs finetune select seed amp""".split()
-
-
-def identity(args, teacher):
-    """What a line of results.jsonl must agree in to stand for a run: every choice, the teacher's
-    weights, the code of the loss and the networks."""
-    choice = {key: vars(args)[key] for key in CHOICES}
-    choice["lambda"] = 0.0 if args.method == "none" else args.lam
+def choices(args, teacher):
+    """What a student was made of, that a results line must agree in to stand for it: its teacher,
+    and the flags that its method reads."""
+    common = "method hallucinate batch_size lr finetune select seed amp "
+    flags = common + METHODS[args.method].flags
+    choice = {flag: vars(args)[flag] for flag in flags.split()}
     stand_in = teacher["settings"]["synthetic"]
     choice["epochs"] = args.epochs or (STAND_IN_EPOCHS if stand_in else EPOCHS)
-    return choice | {"teacher": teacher["weights"], "code": code_digest()}
+    choice["lambda"] = 0.0 if args.method == "none" else args.lambdas[0]
+    return choice | {"teacher": teacher["made of"]}
 
 
 @cache  # the code that runs is the code that was imported, whatever is edited meanwhile
-def code_digest():
-    return fingerprint({name: Path(__file__).with_name(name).read_bytes()
-                        for name in ("sinkhorn.py", "pkdot.py", "models.py")})
+def code():
+    """12 hex digits of all code that makes results, without comments and docstrings."""
+    trees = [ast.parse(Path(__file__).with_name(f"{name}.py").read_text()) for name in
+             "sinkhorn pkdot models data train_teacher train_student".split()]
+    for node in chain.from_iterable(map(ast.walk, trees)):
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [line for line in node.body if not isinstance(
+                getattr(line, "value", None), ast.Constant)]
+    return fingerprint([ast.dump(tree) for tree in trees])
 
 
 def teachers_under(out, name):
@@ -381,32 +413,32 @@ def chosen_teachers(args):
     path = args.teacher or next(iter(teachers_under(args.out, name)), None)
     if not path:
         raise UserError(f"{args.out}: no {name}/*/fold*/teacher.pt; run train_teacher.py first")
-    variant = path.parent.parent
+    folds = path.parent.parent
     if not args.fold:
         return [path]
     if "all" in args.fold:
-        return sorted(variant.glob("fold*/teacher.pt"))
-    return [variant / f"fold{fold}/teacher.pt" for fold in args.fold]
+        return sorted(folds.glob("fold*/teacher.pt"))
+    return [folds / f"fold{fold}/teacher.pt" for fold in args.fold]
 
 
-def student_output(state, source, index, args):
+def student_output(state, source, index, args, ranks):
     """Output of a saved student for windows of faces, in the precision that it was trained in."""
     settings = state["settings"]
+    choice = settings["student"]
     student = build_student(settings)
     student.load_state_dict(state["model"])
     student.to(args.device).eval()
-    amp = settings["student_amp"]
 
     def forward(clips):
-        with autocast(args, amp if settings["student_finetune"] else settings["amp"]):
+        with autocast(args, choice["amp"] if choice["finetune"] else settings["amp"]):
             features = student.backbone(clips)
-        with autocast(args, amp):
+        with autocast(args, choice["amp"]):
             return student.fuse(features.float()).output
 
-    return train_teacher.clip_answers(forward, source, "visual", index, settings, args)
+    return clip_answers(forward, source, "visual", index, settings, args, ranks)
 
 
-def evaluate(args):
+def evaluate(args, ranks):
     """Test score of a saved student, from the faces alone: no privileged file is opened."""
     state = load(args.evaluate, "student")
     settings = state["settings"]
@@ -421,9 +453,11 @@ def evaluate(args):
     if fingerprint(samples_of(source, windows)) != state["test_labels"]:
         raise UserError(f"{source.path}: its samples bear the names of the student's test samples, "
                         "but other labels; give the --root it was trained on")
-    found = score(source, windows, student_output(state, source, windows.index, args))
-    print(f"{heading(settings)}, n = {found['n']}: "
-          f"student {settings['student_method']} {show(found)}")
+    output = student_output(state, source, windows.index, args, ranks)
+    found = measure(source, windows, output)
+    if ranks.rank == 0:
+        print(f"{heading(settings)}, n = {found['n']}: "
+              f"student {settings['student']['method']} {show(found)}")
 
 
 def samples_of(source, windows):
@@ -439,7 +473,7 @@ def class_names(settings):
     return data.BioVid.LEVELS[outputs] if biovid else range(outputs)
 
 
-def predict(args):
+def predict_faces(args, ranks):
     """One csv line per sample (class probabilities) or clip (valence, arousal) of unlabelled faces,
     on stdout; what cannot be used is named on stderr, and the exit code, returned, is then 1."""
     if not args.student:
@@ -448,7 +482,9 @@ def predict(args):
     settings = state["settings"]
     source = open_faces(settings, args, args.predict)
     index, keep = data.windows(source.video, source.length)
-    output = student_output(state, source, index, args)
+    output = student_output(state, source, index, args, ranks)
+    if ranks.rank > 0:
+        return 0
 
     if settings["task"] == "regression":  # each clip once, in their order
         header = ["clip", "valence", "arousal"]
@@ -515,7 +551,17 @@ class Cell(NamedTuple):
         return self.flags.method == "kl" and self.column.metric != "accuracy"
 
     @property
-    def scores(self):
+    def never_run(self):
+        return self.row.flags is None or self.undefined
+
+    @property
+    def which(self):
+        """What cells agree in that share their teachers."""
+        flags = self.flags
+        return flags.dataset, flags.classes, flags.labelled, flags.folds
+
+    @property
+    def values(self):
         return {run: line[self.column.metric] for run, line in self.runs.items()}
 
 
@@ -654,101 +700,110 @@ def empty_cells(table, args):
     return cells
 
 
-def fill(table, args):
+def fill(table, args, ranks):
     """Trains what the table lacks, teachers included. Returns its cells, what is not the default in
     its teachers, and why data sets or runs are missing."""
     cells = empty_cells(table, args)
     notes = []
     problems = []
-    jobs = []  # a cell's runs, which of them, and a student that it is chosen from: teacher, flags
 
-    @cache
-    def teachers_of(**which):
-        flags = with_flags(args, **which)
-        try:
-            *found, note = teacher_settings(flags)
-        except UserError as error:
-            problems.append(f"{flags.dataset} not run: {error}")
-            return []
-        notes.extend(note)
-        return ensure_teachers(*found, flags)
-
+    # the teachers: cells of one data set, with the same classes, labels and folds, share them
+    teachers = {}
     for cell in cells.values():
-        row, _, flags, runs = cell
-        if row.flags is None or cell.undefined:
+        if cell.which in teachers or cell.never_run:
             continue
-        for teacher in teachers_of(dataset=flags.dataset, classes=flags.classes,
-                                   labelled=flags.labelled, folds=flags.folds):
+        teachers[cell.which] = []
+        try:
+            source, wanted, note = teacher_settings(cell.flags)
+        except UserError as error:
+            problems.append(f"{cell.flags.dataset} not run: {error}")
+            continue
+        notes += note
+        teachers[cell.which] = ensure_teachers(source, wanted, cell.flags, ranks)
+
+    # the students that results.jsonl lacks
+    results = args.out / "results.jsonl"
+    known = [] if args.fresh else read_results(results)
+    missing = {}
+    for cell in cells.values():
+        for _, teacher, flags in students_of(cell, teachers):
+            if not line_of(teacher, flags, known):
+                missing[json.dumps(choices(flags, teacher))] = teacher, flags
+    wait_for_all()
+    for teacher, flags in trainings_of([*missing.values()], "students", ranks):
+        try:
+            record, _ = distil(teacher, *teacher_data(teacher, flags), flags, ALONE)
+            append_line(results, record)
+        except UserError as error:  # one that diverges leaves its cell without this run
+            problems.append(f"{flags.method} of {teacher['path']} not run: {error}")
+    wait_for_all()
+
+    # collect: of several lambdas the one that is best on validation
+    known = read_results(results)
+    for cell in cells.values():
+        role = cell.flags.role
+        for teacher in teachers.get(cell.which, []) if role != "student" else ():
             settings = teacher["settings"]
-            if flags.role != "student":
-                runs[settings["fold"], None] = settings | teacher["scores"][flags.role]
-                continue
-
-            # a student for each seed, and for each lambda to choose from
-            for seed, lam in product(range(args.seed, args.seed + args.seeds), flags.lambdas):
-                student = with_flags(flags, seed=seed, lam=lam)
-                jobs.append((runs, (settings["fold"], seed), teacher, student))
-
-    known = train_missing(jobs, args, problems)
-    for runs, run, teacher, student in jobs:
-        line = student_of(teacher, student, known)
-        if line and (run not in runs or line["validation"] > runs[run]["validation"]):
-            runs[run] = line
+            cell.runs[settings["fold"], None] = settings | teacher["metrics"][role]
+        for run, teacher, flags in students_of(cell, teachers):
+            line = line_of(teacher, flags, known)
+            best = cell.runs.get(run, {"validation": -math.inf})
+            if line and line["validation"] > best["validation"]:
+                cell.runs[run] = line
     return cells, notes, dict.fromkeys(problems)
 
 
-def train_missing(jobs, args, problems):
-    """Trains the students of `fill`'s jobs that results.jsonl lacks, each rank its share; returns
-    the lines that all wrote."""
-    results = args.out / "results.jsonl"
-    known = [] if args.fresh else read_results(results)
-    missing = {json.dumps(identity(flags, teacher)): (teacher, flags)
-               for *_, teacher, flags in jobs if not student_of(teacher, flags, known)}
-    for teacher, flags in deal_out(list(missing.values()), "students", args):
-        try:
-            distil(teacher, alone(flags), keep_student=False)
-        except UserError as error:  # one that diverges leaves its cell without this run
-            problems.append(f"{flags.method} of {teacher['path']} not run: {error}")
-    return read_results(results)
+def students_of(cell, teachers):
+    """Yields fold and seed, teacher and flags of each student of a cell: one for each fold and
+    seed, and for each lambda to choose from."""
+    flags = cell.flags
+    if flags.role != "student" or cell.never_run:
+        return
+    seeds = range(flags.seed, flags.seed + flags.seeds)
+    for teacher, seed, weight in product(teachers[cell.which], seeds, flags.lambdas):
+        student = with_flags(flags, seed=seed, lambdas=[weight])
+        yield (teacher["settings"]["fold"], seed), teacher, student
 
 
-def student_of(teacher, args, known):
+def line_of(teacher, args, known):
     """The last of the results lines that are a student's of these flags, or None."""
     settings = {key: teacher["settings"][key] for key in ("dataset", "synthetic", "fold")}
-    wanted = (settings | {"role": "student"} | identity(args, teacher)).items()
+    wanted = (settings | {"role": "student"} | choices(args, teacher)).items()
     return next((line for line in reversed(known) if wanted <= line.items()), None)
 
 
 def teacher_settings(args):
     """A table's data set, {teacher.pt: settings} of its teachers, one a fold: like the newest
     teacher that is there, or train_teacher.py's defaults; and a note of what is not the default."""
-    given = vars(args) | dict(batch_size=None, lr=None, seed=None)  # they are the students' own
-    settings, source = make_settings(**given)
+    given = {key: vars(args)[key] for key in "classes labelled folds face_start amp".split()}
+    settings, source = make_settings(args.dataset, args.root, args.synthetic, **given)
     name = args.dataset + "-synthetic" * settings["synthetic"]
     there = (load(path, "teacher")["settings"] for path in teachers_under(args.out, name))
-    same = ("root", "task", "outputs")
-    newest = next((old for old in there if all(old[key] == settings[key] for key in same)), {})
+    newest = next((old for old in there
+                   if all(old[key] == settings[key] for key in ("data", "task", "outputs"))), {})
     changed = {key: value for key, value in newest.items()
-               if key not in ("fold", "folds", "labelled", "data") and value != settings[key]}
+               if key not in ("fold", "folds", "labelled", "root") and value != settings[key]}
     note = []
     if changed:
-        settings, source = make_settings(**given | changed)
-        note = [f"- {args.dataset}/{train_teacher.variant(settings)}: teachers with "
+        settings, source = make_settings(args.dataset, args.root, args.synthetic, **given | changed)
+        note = [f"- {args.dataset}/{variant(settings)}: teachers with "
                 + ", ".join(f"{key} {value}" for key, value in changed.items())]
     wanted = {}
-    for fold in train_teacher.folds_of(source, args.fold):
+    for fold in folds_of(source, args.fold):
         one = settings | {"fold": fold}
         fold_of(source, one)  # or one line says why not
-        wanted[train_teacher.run_folder(one, args.out) / "teacher.pt"] = one
+        wanted[run_folder(one, args.out) / "teacher.pt"] = one
     return source, wanted, note
 
 
-def ensure_teachers(source, wanted, args):
+def ensure_teachers(source, wanted, args, ranks):
     """The teachers of {teacher.pt: settings}; each rank trains its share of what is missing."""
     missing = [settings for path, settings in wanted.items() if not path.exists()]
-    for settings in deal_out(missing, "teachers", args):
-        train_teacher.train_teacher(settings, source, alone(args))
-    return list(starmap(open_teacher, wanted.items()))
+    wait_for_all()  # until all have looked what is missing
+    for settings in trainings_of(missing, "teachers", ranks):
+        train_teacher(settings, source, args, ALONE)
+    wait_for_all()
+    return [open_teacher(path, settings) for path, settings in wanted.items()]
 
 
 def interval(ours, theirs):
@@ -793,12 +848,12 @@ def points_of(table, cells):
     """{(row, column): Point} of a table's cells."""
     points = {}
     for key, cell in cells.items():
-        scores = [*cell.scores.values()]
-        mean = statistics.mean(scores) if scores else math.nan
-        sd = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        values = [*cell.values.values()]
+        mean = statistics.mean(values) if values else math.nan
+        sd = statistics.stdev(values) if len(values) > 1 else 0.0
         ours, theirs, _ = compared(table, cells, cell)
-        difference = interval(ours.scores, theirs.scores) or [math.nan] * 3
-        points[key] = Point(mean, sd, len(scores), *difference)
+        difference = interval(ours.values, theirs.values) or [math.nan] * 3
+        points[key] = Point(mean, sd, len(values), *difference)
     return points
 
 
@@ -937,16 +992,21 @@ def choose_table(args):
     return table._replace(columns=columns)
 
 
-def print_table(args):
+def print_table(args, ranks):
     """The table, or the figure as a table before it is drawn."""
     begin = time.time()
     table = choose_table(args)
-    cells, notes, problems = fill(table, args)
-    if args.rank > 0:
+    cells, notes, problems = fill(table, args, ranks)
+    if ranks.rank > 0:
         return
     print(f"{' '.join(sys.argv)}\n", format_table(table, cells), *notes, sep="\n")
+    lines = lines_of(cells)
+    edited = sum(line.get("code", code()) != code() for line in lines)
+    if edited:
+        print(f"- {edited} students were trained by other code than today's; --fresh trains them "
+              "again")
     print(f"\n{time.time() - begin:.0f} s on {args.device}, torch {torch.__version__}")
-    if not lines_of(cells):
+    if not lines:
         raise UserError("; ".join(problems))
     for problem in problems:
         print(problem, file=sys.stderr)
@@ -1014,20 +1074,17 @@ def save_figure(title, synthetic, ending, write, draw, args):
     print(path)
 
 
-def figure_5(args):
+def figure_5(args, ranks):
     """Similarity matrices (Eq. 4) of the teacher, and of the student before, halfway through and
     after training, over up to 128 training samples, sorted by class or by valence."""
     args.dataset = args.dataset or "biovid_b"
     args.fold = [args.fold[0].replace("all", "1")]  # it shows one teacher
-    *found, note = teacher_settings(args)
-    teacher, = ensure_teachers(*found, args)
-    if args.rank > 0:
+    source, wanted, note = teacher_settings(args)
+    teacher, = ensure_teachers(source, wanted, args, ranks)
+    if ranks.rank > 0:
         return
-    for line in note:
-        print(line)
-    args = alone(args)
+    print(*note, sep="\n", end="\n" * len(note))
     settings = teacher["settings"]
-    epochs = identity(args, teacher)["epochs"]
     features, fold = teacher_data(teacher, args)
 
     train = fold.train.take(fold.train.labelled)
@@ -1038,11 +1095,20 @@ def figure_5(args):
     z_t = teacher_answers(teacher, features, train.index).z
     S = {"teacher": cosine_similarity_matrix(z_t).cpu()}
 
-    def watch(epoch, predict):
-        if epoch in (0, epochs // 2, epochs):
-            S[f"student, epoch {epoch}"] = cosine_similarity_matrix(predict(train, "z"))
+    # runs of one seed go the same way: a shorter one is where a longer one passes
+    seen = what_the_student_sees(features, settings, args)
+    epochs = choices(args, teacher)["epochs"]
+    for count in sorted({0, epochs // 2, epochs}):
+        if count:
+            shorter = with_flags(args, epochs=count, select="last")
+            _, student = distil(teacher, features, fold, shorter, ALONE)
+        else:
+            seed_all(args.seed, 3)
+            student, _ = make_student(teacher, args)
+        network = student.eval() if args.finetune else student.fuse
+        z_s = student_answers(network, seen, train.index, args, ALONE, "z")
+        S[f"student, epoch {count}"] = cosine_similarity_matrix(z_s)
 
-    distil(teacher, args, keep_student=False, watch=watch)
     for name, matrix in S.items():
         print(f"{name}: mean similarity {matrix.mean():.3f}, "
               f"mean |S - S_teacher| {(matrix - S['teacher']).abs().mean():.3f}")
@@ -1102,7 +1168,7 @@ def parse(argv=None, namespace=None):
         help="--finetune: clips that pass the backbone at a time; less memory, the same gradient")
     add("--select", choices=("val", "test", "last"), default="val",
         help="what chooses the epoch: held-out groups (default), the test fold (the release), none")
-    train_teacher.add_common_flags(parser)
+    add_common_flags(parser)
     job = parser.add_mutually_exclusive_group().add_argument
     job("--evaluate", type=Path, metavar="STUDENT.pt",
         help="a saved student's test score, from faces")
@@ -1128,31 +1194,34 @@ def parse(argv=None, namespace=None):
     return parser.parse_args(argv, namespace)
 
 
+def with_flags(args, **change):
+    return Namespace(**vars(args) | change)
+
+
 def main():
     args = parse()
-    code = 0
-    train_teacher.join_ranks(args)
+    ranks = join_ranks(args)
     if args.method == "pkdot" and args.k > args.batch_size:
         raise UserError(f"--k {args.k}: the similarity matrix has only --batch-size "
                         f"{args.batch_size} rows; lower --k or raise --batch-size")
     if len(args.lambdas) > 1 and not (args.table or args.figure in FIGURES):
         raise UserError("several values of --lambda are for --table, and --figure but 5; give one")
-    args.lam = args.lambdas[0]  # a table has its own
     if args.chunk and not args.finetune:
         raise UserError("--chunk is for --finetune; without it no clip passes the backbone")
+    failed = False
     if args.evaluate:
-        evaluate(one_voice(args))
+        evaluate(args, ranks)
     elif args.predict:
-        code = predict(one_voice(args))
+        failed = predict_faces(args, ranks)
     elif args.table or args.figure:
-        tabulate(args)
+        tabulate(args, ranks)
     else:
-        distil_folds(args)
-    train_teacher.leave_ranks()
-    sys.exit(code)
+        distil_folds(args, ranks)
+    leave_ranks()
+    sys.exit(failed)
 
 
-def tabulate(args):
+def tabulate(args, ranks):
     rows_own = (args.method, args.role, args.hallucinate) != ("pkdot", "student", "tnet")
     if rows_own or args.teacher or args.figure == "labels" and args.labelled:
         raise UserError("--table and --figure choose methods and teachers: leave --method, --role, "
@@ -1160,19 +1229,19 @@ def tabulate(args):
     args.fold = args.fold or ["all"]
     args.resume = True  # what is trained already stays
     if args.figure == "5":
-        figure_5(args)
+        figure_5(args, ranks)
     else:
-        print_table(args)
+        print_table(args, ranks)
 
 
-def distil_folds(args):
+def distil_folds(args, ranks):
     """The students that a command without --table asks for; of several folds each rank has some."""
     default = vars(parse([]))
 
     def given(flags):
         return any(vars(args)[flag] != default[flag] for flag in flags.split())
 
-    if args.method != "pkdot" and given("k epsilon debias anchors shared transport"):
+    if args.method != "pkdot" and given(METHODS["pkdot"].flags):
         raise UserError("--k, --epsilon, --no-debias, --anchors, --shared-anchors and "
                         f"--no-transport are pkdot's: leave them out with --method {args.method}")
     if given("labelled folds classes seeds fresh hallucinate role student"):
@@ -1180,27 +1249,45 @@ def distil_folds(args):
                         "train_teacher.py; --seeds, --fresh, --hallucinate and --role are for "
                         "--table and --figure, --student is for --predict; leave them out")
     paths = chosen_teachers(args)
-    if args.finetune and len(paths) == 1:  # one that all ranks train together
-        args = one_voice(args)
-    else:
-        paths = deal_out(paths, "students", args)
-        args = alone(args)
-    for path in paths:
-        teacher = open_teacher(path)
-        settings = teacher["settings"]
-        found = teacher["scores"]
-        if args.root and not args.finetune and str(Path(args.root)) != settings["root"]:
-            raise UserError(f"{path}: is a teacher of {settings['root']}, not of {args.root}; "
-                            "train one on it, or leave --root out")
-        if args.rank == 0:
-            train_teacher.start_log(path.parent, settings)
-        print(f"{path}, test: visual only {show(found['visual'])}, "
+    together = args.finetune and len(paths) == 1  # one that all ranks train
+    wait_for_all()
+    for path in paths if together else trainings_of(paths, "students", ranks):
+        keep_student(open_teacher(path), args, ranks if together else ALONE)
+
+
+def keep_student(teacher, args, ranks):
+    """Trains a student and saves it, unless --resume finds it finished; prints its scores."""
+    settings = teacher["settings"]
+    found = teacher["metrics"]
+    run = run_folder(settings, args.out)  # also of a teacher that lies elsewhere
+    finished = run / f"student-{args.method}.pt"
+    if args.root and not args.finetune:
+        expect_same_data(open_faces(settings, args), settings)
+    if ranks.rank == 0:
+        start_log(run, settings)
+        print(f"{teacher['path']}, test: visual only {show(found['visual'])}, "
               f"teacher {show(found['multimodal'])}")
-        record = distil(teacher, args)
-        print(f"{heading(settings)}, n = {record['n_test']}: "
-              f"visual only (lower bound) {show(found['visual'])} | "
-              f"student, {args.method} {show(record)} | "
-              f"multimodal (upper bound) {show(found['multimodal'])}")
+
+    whole = settings | {"student": choices(args, teacher)}
+    old = args.resume and finished.exists() and load(finished, "student")
+    if old and old["settings"] == whole:
+        record = old["record"]
+    else:
+        features, fold = teacher_data(teacher, args)
+        record, student = distil(teacher, features, fold, args, ranks, run)
+    if ranks.rank > 0:
+        return
+    if old and old["settings"] == whole:
+        print(f"{finished} is finished")
+    else:
+        state = student_state(student, whole, features, fold)
+        save(finished, state | {"record": record})
+        finished.with_suffix(".progress").unlink(missing_ok=True)
+        append_line(args.out / "results.jsonl", record)
+    print(f"{heading(settings)}, n = {record['n_test']}: "
+          f"visual only (lower bound) {show(found['visual'])} | "
+          f"student, {args.method} {show(record)} | "
+          f"multimodal (upper bound) {show(found['multimodal'])}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,10 +37,9 @@ from tqdm import tqdm
 import data
 import models
 from data import DATASETS, Parser, UserError, fold_windows
-from pkdot import scores, task_loss
+from pkdot import metrics, task_loss
 
 SAVE_EVERY = 30  # seconds between two files to resume from: an epoch on features is shorter
-RANK = int(os.environ.get("RANK", 0))  # torchrun's
 
 
 def at_least(least, kind=int):
@@ -87,27 +87,27 @@ def autocast(args, enabled):
     return torch.autocast(args.device.type, torch.bfloat16, enabled=enabled)
 
 
-# Under torchrun there are args.world processes, of numbers args.rank; else one, of number 0.
-#     several trainings    deal_out(jobs): which of them are this rank's; each is trained `alone`
-#     one training         share(batch): this rank's part of a batch; gather(x): the whole batch's
-#                          rows; spread(model): DistributedDataParallel; one_voice: the first
-#                          rank alone prints
-#     evaluation           dealt(batches): this rank's; answers(...): the outputs of all
+class Ranks(NamedTuple):
+    """The processes that work on one training: this one's number, and how many there are."""
+    rank: int
+    world: int
+
+
+ALONE = Ranks(0, 1)  # without torchrun, and where each rank has trainings of its own
 
 
 def join_ranks(args):
-    """Sets args.rank, args.world and the device; under torchrun, the ranks meet here."""
-    args.rank = RANK
-    args.world = 1
-    if "RANK" in os.environ:  # a WORLD_SIZE alone may be a scheduler's
-        missing = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-        if missing:
-            raise UserError(f"RANK is set but {', '.join(sorted(missing))} is not: start the "
-                            "command with torchrun --standalone --nproc_per_node=N, or unset RANK")
-        args.world = int(os.environ["WORLD_SIZE"])
+    """Sets args.device; under torchrun, the ranks meet here. Returns all of them."""
     args.device = choose_device(args.device, args.amp)
-    if args.world == 1:
-        return
+    if "RANK" not in os.environ:  # a WORLD_SIZE alone may be a scheduler's
+        return ALONE
+    missing = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if missing:
+        raise UserError(f"RANK is set but {', '.join(sorted(missing))} is not: start the command "
+                        "with torchrun --standalone --nproc_per_node=N, or unset RANK")
+    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    if ranks.world == 1:
+        return ALONE
     backend = "gloo"
     if args.device.type == "cuda":
         backend = "nccl"
@@ -117,6 +117,7 @@ def join_ranks(args):
     sys.stdout.reconfigure(line_buffering=True, write_through=False)
     # some ranks wait for others to train whole folds
     dist.init_process_group(backend, timeout=timedelta(days=7))
+    return ranks
 
 
 def wait_for_all():
@@ -131,50 +132,53 @@ def leave_ranks():
         dist.destroy_process_group()
 
 
-def with_flags(args, **change):
-    return argparse.Namespace(**vars(args) | change)
+def first_of_all():
+    """Whether no other process than this one should write what all need, or show a bar."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def alone(args):
-    """The flags of a rank that trains by itself, as if there were no other."""
-    return with_flags(args, rank=0, world=1)
+def dealt(jobs, ranks):
+    """This rank's share of jobs that need no communication."""
+    return jobs[ranks.rank::ranks.world]
 
 
-def one_voice(args):
-    """The flags of ranks that train together: the first one speaks for all."""
-    if args.rank > 0:
-        sys.stdout = open(os.devnull, "w")
-    return args
+def trainings_of(jobs, what, ranks):
+    """This rank's share of whole trainings; one that has none says so."""
+    mine = dealt(jobs, ranks)
+    if jobs and not mine:
+        print(f"rank {ranks.rank} only waits: {ranks.world} processes, {what} to train: "
+              f"{len(jobs)}")
+    return mine
 
 
-def share(batch, args):
+def share(batch, ranks):
     """This rank's part of a batch of numbers, as long as every other rank's: the last ranks repeat
     the batch's first."""
-    size = -(-len(batch) // args.world)
-    return torch.from_numpy(np.resize(batch, (args.world, size)))[args.rank]
+    size = -(-len(batch) // ranks.world)
+    return torch.from_numpy(np.resize(batch, (ranks.world, size)))[ranks.rank]
 
 
-def gather(x, count, args):
+def gather(x, count, ranks):
     """The batch's `count` rows, with gradient, from all ranks' shares of it. A loss is of the whole
     batch: CCC, PKDOT and RKD couple its samples, and a mean of the ranks' losses is another one.
 
     Every rank computes the same loss and goes backward through its own rows; of the ranks' sum,
     which is the whole gradient, DistributedDataParallel takes the mean.
     """
-    if args.world == 1:
+    if ranks.world == 1:
         return x
-    rows = [torch.empty_like(x) for _ in range(args.world)]
+    rows = [torch.empty_like(x) for _ in range(ranks.world)]
     dist.all_gather(rows, x.detach().contiguous())
-    rows[args.rank] = own = x.clone()  # x may have another gradient from elsewhere, as z has
-    own.register_hook(lambda grad: grad * args.world)
+    rows[ranks.rank] = own = x.clone()  # x may have another gradient from elsewhere, as z has
+    own.register_hook(lambda grad: grad * ranks.world)
     return torch.cat(rows)[:count]
 
 
-def spread(model, args):
+def spread(model, args, ranks):
     """The model over all ranks. Its batch norm sees the whole batch on CUDA alone (what `share`
     repeats counts twice): on a CPU torch has no such layer, and each rank's statistics are of its
     own share. Dropout, which joint cross-attention has, is drawn by each rank for its share."""
-    if args.world == 1:
+    if ranks.world == 1:
         return model
     if args.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -187,17 +191,21 @@ def seed_all(*numbers):
     torch.manual_seed(np.random.SeedSequence(numbers).generate_state(1).item())
 
 
-def seal(state):
-    """A digest of every field of a checkpoint, and of its tensors the type, the shape and whether
-    they are finite; `read_checkpoint` compares the file's own checksums of the bytes."""
-    text = json.dumps(state, default=lambda x: f"{x.dtype} {tuple(x.shape)} {x.isfinite().all()}")
-    return hashlib.sha256(text.encode()).hexdigest()
+def fingerprint(thing):
+    """12 hex digits that say what a thing is: plain values, arrays and tensors, in dicts or lists
+    as deep as you like."""
+    def of_array(x):
+        x = np.asarray(x.cpu() if torch.is_tensor(x) else x)
+        return f"{x.dtype} {x.shape} {hashlib.sha256(x.tobytes()).hexdigest()}"
+
+    text = json.dumps(thing, default=of_array)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def save(path, state):
     """torch.save that leaves the old file or the new one, never half of it."""
     with data.replacing(path) as part:
-        torch.save(state | {"seal": seal(state)}, part)
+        torch.save(state | {"seal": fingerprint(state)}, part)
 
 
 def read_checkpoint(path):
@@ -217,22 +225,31 @@ def read_checkpoint(path):
 
 def load(path, kind, wanted=None):
     """A checkpoint that `save` wrote; UserError unless it is a `kind` ("teacher", ...), and of the
-    wanted settings, if they are given."""
+    wanted settings, if they are given: wherever its data lay, if they are the same."""
     state = read_checkpoint(path)
     try:
-        if state.pop("seal") != seal(state) or state["kind"] != kind:
+        if state.pop("seal") != fingerprint(state) or state["kind"] != kind:
             raise ValueError
     except Exception:  # any kind of content
         raise UserError(f"{path}: not a {kind} checkpoint as these scripts write it; "
                         "give another file or train it again") from None
-    there = state["settings"]
-    wanted = wanted or there
-    for key in ("root", "data", *wanted, *there):
+    there = dict(flat(state["settings"]))
+    wanted = dict(flat(wanted or {})) or there
+    for key in [*wanted, *there]:
         old, new = there.get(key), wanted.get(key)
-        if old != new:
+        if key != "root" and old != new:
             raise UserError(f"{path} was trained with {key} {old}, not {new}; use the same flags "
                             "and unchanged data, or another --out, or delete its folder")
     return state
+
+
+def flat(settings, of=""):
+    """The names and values in a dict of dicts: "data visual", say."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{of}{key} ")
+        else:
+            yield of + key, value
 
 
 def append_line(path, record):
@@ -254,14 +271,6 @@ def start_log(run, settings):
         "date": time.strftime("%Y-%m-%d %H:%M:%S")})
 
 
-def fingerprint(arrays):
-    """12 hex digits that identify a dict of arrays, tensors on the CPU (`snapshot`) or bytes."""
-    digest = hashlib.sha256()
-    for key, value in arrays.items():
-        digest.update(key.encode() + np.asarray(value).tobytes())
-    return digest.hexdigest()[:12]
-
-
 def clip_loader(source, modality, index, batches, args):
     """Clips (B, L, ...) of the windows index (S, L), for each of `batches`, tensors of numbers of
     windows. Files are decoded in worker processes."""
@@ -272,51 +281,39 @@ def clip_loader(source, modality, index, batches, args):
 
 
 def bar(batches, text):
-    return tqdm(batches, text, leave=False, disable=RANK > 0 or None)
+    return tqdm(batches, text, leave=False, disable=None if first_of_all() else True)
 
 
 @torch.inference_mode()
-def answers(forward, batches, args):
+def answers(forward, batches, ranks):
     """forward(batch) over all batches, concatenated on the CPU: one copy, no step waits for it.
 
     Under torchrun this rank has every world-th batch (`dealt`): all are those of a single process,
     and each counts once.
     """
     outputs = [forward(batch).float() for batch in batches]
-    if args.world > 1:
-        parts = [None] * args.world
+    if ranks.world > 1:
+        parts = [None] * ranks.world
         dist.all_gather_object(parts, [output.cpu() for output in outputs])
         outputs = [output for turn in zip_longest(*parts) for output in turn if output is not None]
     return torch.cat(outputs).cpu()
 
 
-def clip_answers(network, source, modality, index, settings, args):
+def clip_answers(network, source, modality, index, settings, args, ranks):
     """`answers` of a network to the clips of all windows index (S, L), read from disk."""
     @autocast(args, settings["amp"])
     def forward(clips):
         return network(clips.to(args.device, non_blocking=True))
 
-    batches = dealt(torch.arange(len(index)).split(settings["batch_size"]), args)
+    batches = dealt(torch.arange(len(index)).split(settings["batch_size"]), ranks)
     clips = clip_loader(source, modality, index, batches, args)
-    return answers(forward, bar(clips, modality), args)
+    return answers(forward, bar(clips, modality), ranks)
 
 
-def dealt(jobs, args):
-    """This rank's share of jobs that need no communication."""
-    return jobs[args.rank::args.world]
-
-
-def deal_out(jobs, what, args):
-    """This rank's share of whole trainings; one that has none says so."""
-    wait_for_all()  # until all have looked what is missing
-    if jobs and args.rank >= len(jobs):
-        print(f"rank {args.rank} only waits: {args.world} processes, {what} to train: {len(jobs)}")
-    yield from dealt(jobs, args)
-    wait_for_all()
-
-
-def score(source, windows, output):
-    return scores(*data.scored(source, windows, output)[:2])
+def measure(source, windows, output):
+    """`metrics` of the windows' outputs: what the tables show."""
+    prediction, label, _ = data.aligned(source, windows, output)
+    return metrics(prediction, label)
 
 
 def criterion(found):
@@ -328,12 +325,10 @@ def log_videos(run, role, source, windows, output):
     """A line of log.jsonl: each video's own CCC of valence and arousal, and its labelled frames."""
     if source.task == "classification":
         return
-    prediction, label, row = data.scored(source, windows, output)
+    prediction, label, row = data.aligned(source, windows, output)
     video = source.video[row.numpy()]
-    videos = {}
-    for name in np.unique(video):
-        mask = video == name
-        videos[str(name)] = scores(prediction[mask], label[mask])
+    videos = {str(name): metrics(prediction[video == name], label[video == name])
+              for name in np.unique(video)}
     append_line(run / "log.jsonl", {"test_videos_of": role, "videos": videos})
 
 
@@ -367,12 +362,12 @@ def step_means(terms, names, epoch):
     return None, f"epoch {epoch + 1}, step {step + 1}: the loss is not finite, {found}"
 
 
-def diverged(fault, advice, path, state, args):
+def diverged(fault, advice, path, state, ranks=ALONE):
     """Stop a run whose loss is not finite; its best epoch so far, if there is one, stays usable."""
     path = path.with_suffix(".diverged.pt")
-    if state and args.rank == 0:
+    if state and ranks.rank == 0:
         save(path, state)
-    if args.world > 1:
+    if ranks.world > 1:
         wait_for_all()  # the first rank to end would end the others
     kept = f"; the best epoch before it is kept in {path}" if state else ""
     raise UserError(f"{fault}; {advice}{kept}")
@@ -431,7 +426,7 @@ def make_settings(dataset, root=None, synthetic=False, **given):
             "for images: --synthetic, --clips, --classes, --visual-backbone, --visual-weights, "
             "--pretrained, --image-size, --face-start")
     root = Path(root or f"data/{dataset}" + "-synthetic" * synthetic)
-    if synthetic and RANK == 0:
+    if synthetic and first_of_all():
         data.write_stand_in(dataset, root)
     wait_for_all()
     synthetic = (root / "SYNTHETIC").is_file()
@@ -444,18 +439,19 @@ def make_settings(dataset, root=None, synthetic=False, **given):
                                settings["image_size"], face_start=settings["face_start"])
 
     settings.update(dataset=dataset, root=str(root), synthetic=synthetic, task=source.task,
-                    outputs=source.outputs, length=source.length)
+                    outputs=source.outputs, length=source.length, data=content(source))
     if dataset == "features":
         for modality, rows in source.rows.items():
             settings[f"{modality}_dim"] = rows.shape[1]
-    settings["data"] = digest(source)
     return settings, source
 
 
-def digest(source):
-    """Identifies a data set: its labels, its names and the rows of a features file."""
-    rows = getattr(source, "rows", {})
-    return fingerprint({"label": source.label, "name": source.name, **rows})
+def content(source, modalities=("visual", "privileged")):
+    """What a data set holds, wherever it lies: its labels, and the traces of each modality."""
+    labels = [source.name, source.label, getattr(source, "frame_label", None)]
+    rows = range(len(source.label))
+    return {"labels": fingerprint(labels)} | {
+        modality: fingerprint(source.traces(modality, rows)) for modality in modalities}
 
 
 # the settings that make another teacher, as they stand in the folder's name
@@ -506,7 +502,7 @@ def make_head(settings):
                 per_clip=settings["task"] == "regression")
 
 
-def train_backbone(modality, source, fold, settings, args, folder):
+def train_backbone(modality, source, fold, settings, folder, args, ranks):
     """Stage 1: one modality alone, backbone and linear head; the model of the best epoch.
 
     A backbone that is there, of the same settings and data, is taken as it is.
@@ -520,12 +516,15 @@ def train_backbone(modality, source, fold, settings, args, folder):
     model = models.Unimodal(backbone, settings["outputs"], settings["task"] == "regression")
     if path.exists():
         model.load_state_dict(load(path, modality, settings)["model"])
-        print(f"{path} is finished; delete it to train it again")
+        if ranks.rank == 0:
+            print(f"{path} is finished; delete it to train it again")
         return model.to(args.device)
 
     train = fold.train.take(fold.train.labelled)
     if modality == "visual" and settings["weights"]:
-        load_public_weights(backbone, settings["weights"])
+        told = load_public_weights(backbone, settings["weights"])
+        if ranks.rank == 0:
+            print(told)
     if backbone.fitted:
         index = fold.train.index
         every = clip_loader(source, modality, index, torch.arange(len(index)).split(64), args)
@@ -533,40 +532,42 @@ def train_backbone(modality, source, fold, settings, args, folder):
     model.to(args.device)
     optimizer, first, best = start_or_resume(
         model, settings["lr"], progress, settings, args.resume)
-    ranks = spread(model, args)
+    over_ranks = spread(model, args, ranks)
     checkpoint = dict(kind=modality, settings=settings)
     for epoch in range(first, settings["backbone_epochs"]):
         start = time.time()
         seed_all(settings["seed"], stage, epoch + 1)
         batches = torch.randperm(len(train.index)).split(settings["batch_size"])
-        shares = [share(batch, args) for batch in batches]
+        shares = [share(batch, ranks) for batch in batches]
         clips = clip_loader(source, modality, train.index, shares, args)
 
         # one pass over the training samples that have a label
         model.train()
         losses = []
         for batch, x in zip(batches, bar(clips, f"{modality} {epoch + 1}"), strict=True):
+            x = x.to(args.device, non_blocking=True)
             with autocast(args, settings["amp"]):
-                output = ranks(x.to(args.device, non_blocking=True))
-            output = gather(output.float(), len(batch), args)
+                output = over_ranks(x)
+            output = gather(output.float(), len(batch), ranks)
             loss = task_loss(output, train.label[batch].to(args.device))  # Eq. 7 or 8
+
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach()[None])
         means, fault = step_means(losses, ["L_gt"], epoch)
         if fault:
-            diverged(fault, "lower --lr", path, best and (checkpoint | best), args)
+            diverged(fault, "lower --lr", path, best and (checkpoint | best), ranks)
 
         # the epoch is chosen on held-out training groups
         model.eval()
-        for buffer in model.buffers() if args.world > 1 else ():
+        for buffer in model.buffers() if ranks.world > 1 else ():
             dist.broadcast(buffer, 0)  # all ranks take the first one's batch norm
-        output = clip_answers(model, source, modality, fold.val.index, settings, args)
-        found = score(source, fold.val, output)
+        output = clip_answers(model, source, modality, fold.val.index, settings, args, ranks)
+        found = measure(source, fold.val, output)
         best = better(best, criterion(found), epoch, model)
 
-        if args.rank > 0:
+        if ranks.rank > 0:
             continue  # the first rank writes for all
         seconds = time.time() - start
         append_line(folder / "log.jsonl", dict(  # before the progress: no epoch is left out
@@ -575,7 +576,7 @@ def train_backbone(modality, source, fold, settings, args, folder):
               f"{seconds:.1f} s")
         keep_progress(progress, settings, epoch, model, optimizer, best)
 
-    if args.rank == 0:
+    if ranks.rank == 0:
         save(path, checkpoint | best)
         progress.unlink(missing_ok=True)
     model.load_state_dict(best["model"])
@@ -584,7 +585,7 @@ def train_backbone(modality, source, fold, settings, args, folder):
 
 def load_public_weights(backbone, weights):
     """Weights from another training, for the visual backbone: a file, or "pretrained" for
-    torchvision's R3D-18."""
+    torchvision's R3D-18. Returns what to say about them."""
     if weights != "pretrained":
         state = read_checkpoint(weights)
     elif not isinstance(backbone, models.R3D18):
@@ -600,8 +601,8 @@ def load_public_weights(backbone, weights):
         left_out, missing = models.load_weights(backbone, state)
     except ValueError as error:
         raise UserError(f"--visual-weights {weights}: {error}") from None
-    print(f"{weights} loaded; left out: {', '.join(left_out) or 'nothing'}; "
-          f"not in it, trained from scratch: {', '.join(missing) or 'nothing'}")
+    return (f"{weights} loaded; left out: {', '.join(left_out) or 'nothing'}; "
+            f"not in it, trained from scratch: {', '.join(missing) or 'nothing'}")
 
 
 def mean_and_std(batches):
@@ -618,16 +619,16 @@ def mean_and_std(batches):
     return mean, variance.where(variance > 1e-12 * square, 0).sqrt()
 
 
-def extract_features(single, weights, source, settings, args, path):
+def extract_features(single, backbones, source, settings, path, args, ranks):
     """Stage 2, first half: both frozen backbones over every clip once -> the features file."""
     # a sample of BioVid is a row of the file; Affwild2's windows overlap, and are cut by index
     length = 1 if settings["dataset"] == "affwild2" else source.length
     every = torch.arange(len(source.label))[:, None]
     arrays = {}
     for modality, model in single.items():
-        rows = clip_answers(model.backbone, source, modality, every, settings, args)  # (R, 1, 512)
-        arrays[modality] = rows.reshape(-1, length, models.D)
-    if args.rank > 0:
+        rows = clip_answers(model.backbone, source, modality, every, settings, args, ranks)
+        arrays[modality] = rows.reshape(-1, length, models.D)  # from (R, 1, 512)
+    if ranks.rank > 0:
         return
 
     for key in "label group video name split".split():
@@ -637,10 +638,10 @@ def extract_features(single, weights, source, settings, args, path):
     if source.task == "regression":
         arrays.update(label=source.label.reshape(-1, length, 2).numpy(),
                       frame_label=source.frame_label, frame_row=source.frame_row)
-    data.save_features(path, arrays | {"backbones": weights})
+    data.save_features(path, arrays | {"backbones": backbones})
 
 
-def train_fusion(features, fold, settings, args, run):
+def train_fusion(features, fold, settings, run, args):
     """Stage 2, second half: fusion head on the task loss, T-Net on MSE(T(visual), privileged); the
     best epoch of each. Samples without a label are pairs of modalities, and count for the T-Net.
     """
@@ -654,7 +655,7 @@ def train_fusion(features, fold, settings, args, run):
     index = fold.train.index.to(args.device)
     label = fold.train.label.to(args.device)
 
-    def fused(rows):
+    def output_of(rows):
         return model["head"](visual[rows], privileged[rows]).output
 
     def squared_error(rows):
@@ -680,13 +681,13 @@ def train_fusion(features, fold, settings, args, run):
         means, fault = step_means(terms, ["L_gt", "T-Net's MSE"], epoch)
         if fault:
             state = best and dict(kind="fusion", settings=settings, **best)
-            diverged(fault, "lower --fusion-lr", run / "fusion.pt", state, args)
+            diverged(fault, "lower --fusion-lr", run / "fusion.pt", state)
 
         # each keeps its own best epoch, chosen on held-out training groups
         model.eval()
         batches = fold.val.index.split(256)
-        found = score(features, fold.val, answers(fused, batches, args))
-        mse = answers(squared_error, batches, args).mean().item()
+        found = measure(features, fold.val, answers(output_of, batches, ALONE))
+        mse = answers(squared_error, batches, ALONE).mean().item()
         for name, value in (("head", criterion(found)), ("tnet", -mse)):
             best[name] = better(best.get(name), value, epoch, model[name])
 
@@ -704,7 +705,7 @@ def train_fusion(features, fold, settings, args, run):
     return model.eval()
 
 
-def backbone_weights(state):
+def backbone_state(state):
     """The backbone's part of a stage 1 checkpoint."""
     return {key.removeprefix("backbone."): value for key, value in state["model"].items()
             if key.startswith("backbone.")}
@@ -722,8 +723,8 @@ def open_features(folder, settings, device):
     return features
 
 
-def train_teacher(settings, source, args):
-    """Stages 1 and 2 of one fold; writes the run folder and three result lines, returns the scores
+def train_teacher(settings, source, args, ranks):
+    """Stages 1 and 2 of one fold; writes the run folder and three result lines, returns the metrics
     by role, or None in the ranks that only helped with stage 1."""
     start = time.time()
     run = run_folder(settings, args.out)
@@ -731,30 +732,30 @@ def train_teacher(settings, source, args):
     path = run / "teacher.pt"
     old = path.exists() and load(path, "teacher", settings)
     fold = fold_of(source, settings)
-    if args.rank == 0:
+    if ranks.rank == 0:
         start_log(run, settings)
-    print(f"{run}: {source.describe()}; samples train {len(fold.train.index)}, "
-          f"val {len(fold.val.index)}, test {len(fold.test.index)}; "
-          f"{int(fold.train.labelled.sum())} training samples have a label")
+        print(f"{run}: {source.describe()}; samples train {len(fold.train.index)}, "
+              f"val {len(fold.val.index)}, test {len(fold.test.index)}; "
+              f"{int(fold.train.labelled.sum())} training samples have a label")
 
     # stage 1, or what is there of it
-    single = {modality: train_backbone(modality, source, fold, settings, args, folder).eval()
+    single = {modality: train_backbone(modality, source, fold, settings, folder, args, ranks)
               for modality in ("visual", "privileged")}
-    weights = "-".join(fingerprint(snapshot(model.backbone)) for model in single.values())
-    if args.resume and old and old["backbones"] == weights:
-        print(f"{path} is finished")
-        return old["scores"]
+    backbones = [fingerprint(snapshot(model.eval().backbone)) for model in single.values()]
+    if args.resume and old and old["backbones"] == backbones:
+        if ranks.rank == 0:
+            print(f"{path} is finished")
+        return old["metrics"] if ranks.rank == 0 else None
 
     # stage 2; on features a single process is fast enough
     features = folder / "features.npz"
-    if not features.exists() or open_features(folder, settings, "cpu").backbones != weights:
-        extract_features(single, weights, source, settings, args, features)
-    if args.rank > 0:
+    if not features.exists() or open_features(folder, settings, "cpu").backbones != backbones:
+        extract_features(single, backbones, source, settings, features, args, ranks)
+    if ranks.rank > 0:
         return None
-    args = alone(args)
     features = open_features(folder, settings, args.device)
     fold = fold_of(features, settings, dense=True)
-    model = train_fusion(features, fold, settings, args, run)
+    model = train_fusion(features, fold, settings, run, args)
 
     # the test fold, once
     visual, privileged = features.rows["visual"], features.rows["privileged"]
@@ -764,11 +765,11 @@ def train_teacher(settings, source, args):
         "multimodal": lambda rows: model["head"](visual[rows], privileged[rows]).output}
     found = {}
     for role in forward:
-        output = answers(forward[role], fold.test.index.split(256), args)
-        found[role] = score(features, fold.test, output)
+        output = answers(forward[role], fold.test.index.split(256), ALONE)
+        found[role] = measure(features, fold.test, output)
         log_videos(run, role, features, fold.test, output)
 
-    save(path, dict(kind="teacher", settings=settings, scores=found, backbones=features.backbones,
+    save(path, dict(kind="teacher", settings=settings, metrics=found, backbones=backbones,
                     head=model["head"].state_dict(), tnet=model["tnet"].state_dict()))
     (run / "fusion.progress").unlink(missing_ok=True)
     for role, values in found.items():
@@ -781,8 +782,8 @@ def result_line(settings, role, found, seconds, **more):
     """A line of results.jsonl: the teacher's settings, and what a student chose over them; plain
     values alone, since a student's checkpoint holds its line."""
     classes = settings["outputs"] if settings["task"] == "classification" else "va"
-    metrics = dict(found)
-    return {**settings, "role": role, "classes": classes, "n_test": metrics.pop("n"), **metrics,
+    values = dict(found)
+    return {**settings, "role": role, "classes": classes, "n_test": values.pop("n"), **values,
             "seconds": round(seconds, 1), "torch": str(torch.__version__), **more}
 
 
@@ -831,19 +832,16 @@ def folds_of(source, wanted):
 
 def main():
     args = parse()
-    join_ranks(args)
+    ranks = join_ranks(args)
     settings, source = make_settings(**vars(args))
     folds = folds_of(source, [args.fold])
 
     # several folds are dealt out to the ranks, one is trained by all of them together
-    if len(folds) > 1:
-        folds = deal_out(folds, "folds", args)
-        args = alone(args)
-    else:
-        args = one_voice(args)
-    for fold in folds:
+    together = len(folds) == 1
+    wait_for_all()  # until all have looked what is there
+    for fold in folds if together else trainings_of(folds, "folds", ranks):
         settings["fold"] = fold
-        found = train_teacher(settings, source, args)
+        found = train_teacher(settings, source, args, ranks if together else ALONE)
         if found:
             print(f"{heading(settings)}, n = {found['multimodal']['n']}: "
                   f"visual only (lower bound) {show(found['visual'])} | "
