@@ -15,7 +15,7 @@ import argparse
 import itertools
 import warnings
 from functools import partial
-from math import inf, log, sqrt
+from math import inf, isnan, log, nan, sqrt
 from timeit import repeat
 
 import torch
@@ -46,8 +46,8 @@ def sweep(cost, f, epsilon, a, b):
 
 def transport_plan(cost, f, g, epsilon, a=None, b=None):
     """The plan (..., n, m) of potentials f (..., n), g (..., m); weights as in `sinkhorn`."""
-    cost, weights = _checked(cost, epsilon, a, b)
-    return _log_plan(cost, torch.cat((f, g), -1).unsqueeze(-2), weights.log(), epsilon).exp()
+    cost, marginals = _checked(cost, epsilon, a, b)
+    return _log_plan(cost, torch.cat((f, g), -1).unsqueeze(-2), marginals.log(), epsilon).exp()
 
 
 def sinkhorn(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
@@ -62,9 +62,9 @@ def sinkhorn(cost, epsilon, a=None, b=None, tol=1e-5, max_iter=1000):
     ValueError: cost not (..., n, m) or not finite, epsilon <= 0, weights of wrong shape or sum or
     negative.
     """
-    cost, weights = _checked(cost, epsilon, a, b)
+    cost, marginals = _checked(cost, epsilon, a, b)
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
-        potentials = _solve(cost, epsilon, weights, tol, max_iter)[2]
+        potentials = _solve(cost, epsilon, marginals, tol, max_iter)[2]
     return potentials.squeeze(-2).split(cost.shape[-2:], -1)
 
 
@@ -73,14 +73,14 @@ def ot_cost(cost, epsilon, a=None, b=None):
 
     Differentiable once, in cost and the weights. Arguments, errors and warning as in `sinkhorn`.
     """
-    cost, weights = _checked(cost, epsilon, a, b)
+    cost, marginals = _checked(cost, epsilon, a, b)
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
-        value, _, potentials = _solve(cost, epsilon, weights)
-        plan = _log_plan(cost, potentials, weights.log(), epsilon).exp()  # 0 where a weight is 0
+        value, _, potentials = _solve(cost, epsilon, marginals)
+        plan = _log_plan(cost, potentials, marginals.log(), epsilon).exp()  # 0 where a weight is 0
 
     # f and g maximise the dual, so that W moves with C and the weights as if f and g stood still
     # (envelope theorem): dW/dC = pi, dW/da = f, dW/db = g, and backward does not see the sweeps.
-    return _WithGradient.apply((value, plan, potentials), cost, weights)[0]
+    return _WithGradient.apply((value, plan, potentials), cost, marginals)[0]
 
 
 def sinkhorn_divergence(x, y, epsilon, debias=True, tol=1e-5):
@@ -106,8 +106,8 @@ def sinkhorn_divergence(x, y, epsilon, debias=True, tol=1e-5):
         x, y = x - mean_x, y - mean_y
         gap = mean_x - mean_y
 
-        cost, weights = _checked(_half_squared_distances(x, y), epsilon)
-        value, plan, _ = _solve(cost, epsilon, weights, tol)
+        cost, marginals = _checked(_half_squared_distances(x, y), epsilon)
+        value, plan, _ = _solve(cost, epsilon, marginals, tol)
         value += gap.square().sum((-2, -1)) / 2
 
         n, m = cost.shape[-2:]
@@ -157,17 +157,17 @@ def _half_squared_distances(x, y):
     return (x @ -y.mT).add_(half_x).add_(half_y.mT)  # (..., n, m), allocated once
 
 
-def _log_plan(cost, potentials, log_weights, epsilon):
+def _log_plan(cost, potentials, log_marginals, epsilon):
     """log pi (..., n, m), for what belongs to rows and columns side by side, as in `_solve`."""
-    log_u, log_v = (potentials / epsilon + log_weights).split(cost.shape[-2:], -1)
+    log_u, log_v = (potentials / epsilon + log_marginals).split(cost.shape[-2:], -1)
     return (log_u.mT + log_v).sub_(cost, alpha=1 / epsilon)
 
 
-def _solve(cost, epsilon, weights, tol=1e-5, max_iter=1000):
+def _solve(cost, epsilon, marginals, tol=1e-5, max_iter=1000):
     """The fixed point of `sweep`, faster -> W (...), plan (..., n, m), potentials (..., 1, n + m).
 
-    What belongs to rows and to columns lies side by side, a and b in weights (..., 1, n + m), f and
-    g in potentials: one launch serves both.
+    What belongs to rows and to columns lies side by side, a and b in marginals (..., 1, n + m), f
+    and g in potentials: one launch serves both.
     """
     largest = cost.abs().max().item()
     if not largest < inf:
@@ -176,21 +176,22 @@ def _solve(cost, epsilon, weights, tol=1e-5, max_iter=1000):
     rounding = unit * largest / epsilon
     tol = max(tol, min(3 * rounding, 0.1))
 
-    weights = weights.clamp(min=1e-20)  # points of no weight have a potential, too
-    log_weights = weights.log()
-    ones = torch.ones_like(weights)
+    marginals = marginals.clamp(min=1e-20)  # points of no weight have a potential, too
+    log_marginals = marginals.log()
+    ones = torch.ones_like(marginals)
     sizes = cost.shape[-2:]
-    a, b = weights.split(sizes, -1)  # (..., 1, n), (..., 1, m)
+    a, b = marginals.split(sizes, -1)  # (..., 1, n), (..., 1, m)
 
-    potentials = potentials_above = torch.zeros_like(weights)
+    potentials = potentials_above = torch.zeros_like(marginals)
     level = largest / EASY if largest / EASY > 2 * epsilon else epsilon
-    level_above = error = inf
+    level_above = inf
     omega = 1.0
+    previous = None  # the error one block ago, at epsilon itself
     sweeps = 0
     while True:
         # Absorb: with f and g inside a plan P, sweeps only have to find u, v such that u_i P_ij v_j
         # has the right sums: matrix-vector products, and exp once a block (Schmitzer 2019).
-        plan = _exp_(_log_plan(cost, potentials, log_weights, level))
+        plan = _exp_(_log_plan(cost, potentials, log_marginals, level))
         transposed = plan.mT
 
         # Sweep, over-relaxed by omega.
@@ -204,18 +205,17 @@ def _solve(cost, epsilon, weights, tol=1e-5, max_iter=1000):
         last_v = b / (u @ plan)
         last_u = a / (last_v @ transposed)
         safe = torch.cat((last_u, last_v), -1).log().abs().max() < SAFE_DRIFT  # NaN is not
-        previous = error
-        error = _l1(b - last_v * (last_u @ plan)).where(safe, inf).item()
+        error = _l1(b - last_v * (last_u @ plan)).where(safe, nan).item()
         sweeps += BLOCK
 
         # u, v left the range of floating-point numbers: the same sweeps, in the log domain.
-        if error == inf:
+        if isnan(error):
             f = potentials[..., 0, :sizes[0]]
             for _ in range(BLOCK):
                 f, g = sweep(cost, f, level, a.squeeze(-2), b.squeeze(-2))
             potentials = torch.cat((f, g), -1).unsqueeze(-2)
             omega = 1.0
-            plan = _exp_(_log_plan(cost, potentials, log_weights, level))
+            plan = _exp_(_log_plan(cost, potentials, log_marginals, level))
             last_u, last_v = ones.split(sizes, -1)
             error = _l1(b - last_u @ plan).item()
 
@@ -229,6 +229,7 @@ def _solve(cost, epsilon, weights, tol=1e-5, max_iter=1000):
         # Relax: hundreds of sweeps become tens.
         if level == epsilon:
             omega = _over_relaxation(omega, error, previous)
+            previous = error
 
         # Lower epsilon, the further the better the block converged (Schmitzer's epsilon scaling):
         # a small one is reached sooner from a large one. f and g, about linear in it, go on along
@@ -240,10 +241,9 @@ def _solve(cost, epsilon, weights, tol=1e-5, max_iter=1000):
             if level < 2 * epsilon:  # not worth a block of its own
                 level = epsilon
             potentials = potentials + (level_above - level) * slope
-            error = inf
 
     _warn_above(tol, max(error, rounding), sweeps, epsilon)
-    value = (weights * potentials).sum((-2, -1))  # the dual, equal to W at the optimum
+    value = (marginals * potentials).sum((-2, -1))  # the dual, equal to W at the optimum
     return value, plan.mul_(u.mT).mul_(v), potentials
 
 
@@ -258,10 +258,10 @@ def _over_relaxation(omega, error, previous):
     (rate + omega - 1)^2 = r omega^2 rate gives r from the rate just seen; 1.6 is a first guess.
     Plain again after an increase; on a plateau rounding alone moves the error, and that is none.
     """
+    if previous is None:
+        return 1.6
     if error > 1.02 * previous:
         return 1.0
-    if previous == inf:
-        return 1.6
     rate = max((error / previous) ** (1 / BLOCK), omega - 1)
     plain_rate = min((rate + omega - 1) ** 2 / (rate * omega**2), 0.9999)  # keeps omega below 1.98
     return 2 / (1 + sqrt(1 - plain_rate))
@@ -316,12 +316,12 @@ def _checked(cost, epsilon, a=None, b=None):
     if not 0 < epsilon < inf:
         raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
-    a = _weights("a", a, cost[..., 0])
-    b = _weights("b", b, cost[..., 0, :])
+    a = _marginal("a", a, cost[..., 0])
+    b = _marginal("b", b, cost[..., 0, :])
     return cost, torch.cat((a, b), -1).unsqueeze(-2)
 
 
-def _weights(name, w, like):
+def _marginal(name, w, like):
     if w is None:
         return torch.full_like(like, 1 / like.shape[-1])
     if w.shape not in (like.shape, like.shape[-1:]):
@@ -381,8 +381,8 @@ def _gradient(loss, x, y):
 def benchmark(sizes, repeats, device):
     """Prints a table of this divergence's costs and errors, and geomloss's where it is installed.
 
-    ms: the fastest run, forward and backward; x: that over ours; error: the gradient's, relative to
-    one in float64 with marginals within 1e-7, or as near as its warning says.
+    ms is the fastest run, forward and backward, and ms/ours how many times ours that is; the error
+    is relative to a gradient in float64 with marginals within 1e-7, or as near as its warning says.
     """
     try:
         from geomloss import SamplesLoss
@@ -391,7 +391,7 @@ def benchmark(sizes, repeats, device):
         print("geomloss is not installed: no rows for it")
 
     print(f"debiased divergence, float32, {device}, {torch.get_num_threads()} threads\n"
-          "      batch     b  eps     loss launches syncs      ms     x error")
+          "      batch points epsilon     loss launches syncs      ms ms/ours gradient error")
     kinds = "clustered", "collapsed", "low-rank", "two classes"
     for kind, epsilon, b in itertools.product(kinds, (0.1, 0.01), sizes):
         x, y = (z.to(device) for z in _batch(kind, b))
@@ -407,11 +407,14 @@ def benchmark(sizes, repeats, device):
                 gradient = _gradient(loss, x, y)
             error = (gradient - exact).norm() / exact.norm()
             ms[name] = 1e3 * min(repeat(partial(_gradient, loss, x, y), number=1, repeat=repeats))
-            print(f"{kind:>11} {b:5} {epsilon:4} {name:>8} {count.launches:8} {count.syncs:5} "
-                  f"{ms[name]:7.2f} {ms[name] / ms['ours']:5.1f} {error:5.0e}", flush=True)
+            print(f"{kind:>11} {b:6} {epsilon:7} {name:>8} {count.launches:8} {count.syncs:5} "
+                  f"{ms[name]:7.2f} {ms[name] / ms['ours']:7.1f} {error:14.0e}", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Benchmark of the divergence.", allow_abbrev=False)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 128, 512, 2048], help="points")
-    benchmark(parser.parse_args().sizes, 20, "cuda" if torch.cuda.is_available() else "cpu")
+    sizes = parser.parse_args().sizes
+    if min(sizes) < 1:
+        parser.exit(2, f"error: --sizes {min(sizes)}: give numbers of points from 1 on\n")
+    benchmark(sizes, 20, "cuda" if torch.cuda.is_available() else "cpu")

@@ -542,25 +542,6 @@ def test_a_mistake_is_one_line_that_names_it(script, line, at_home):
     assert flag in error or given and given[-1] in error
 
 
-def test_the_quick_start_ends_with_the_answer(stand_in):
-    """The README's two commands with fewer epochs of the teacher, the only training of the real
-    networks; then --finetune, under which batch norm keeps its statistics."""
-    Path("data").mkdir()
-    Path("data/biovid_b-synthetic").symlink_to(stand_in)  # where --synthetic would write it
-    ok(train_teacher, "--dataset biovid_b --synthetic --backbone-epochs 1 --fusion-epochs 9")
-    last = distil("--lambda 0.4 --k 30").splitlines()[-1]
-
-    assert last.startswith("SYNTHETIC biovid_b fold 1")
-    run = Path("runs/biovid_b-synthetic/c2/fold1")
-    assert len(logged(run, "student")) == 50
-
-    distil("--finetune --epochs 1 --workers 0")
-    before, after = (saved(run, name)["model"] for name in ("visual", "student-pkdot"))
-    moved = {key.split(".")[-1] for key in before
-             if "backbone" in key and not torch.equal(before[key], after[key])}
-    assert moved == {"weight", "bias"}
-
-
 # ----------------------------------------------------------------------------------------- the loss
 # Whatever the problem, the solver's plan, value and gradient are the optimum's, or a warning says
 # that they are not; PKDOT's loss, the baselines and the scores are the equations of their papers.
@@ -595,7 +576,8 @@ def test_plan_value_and_gradient_are_those_of_the_plain_loop(epsilon):
 def solved(cost, epsilon, **options):
     """In float64 from the solver's f and g: the plan, the error of its marginals (L1) and its
     value. The one plan of this form without errors is the optimum."""
-    f, g = sinkhorn.sinkhorn(cost, epsilon, **options)
+    beside_easy_ones = torch.stack([cost, *3 * [0 * cost]])
+    f, g = (z[0] for z in sinkhorn.sinkhorn(beside_easy_ones, epsilon, **options))
     cost, f, g = (z.double() for z in (cost, f, g))
     log_density = (f[:, None] + g - cost) / epsilon
     plan = log_density.exp() / cost.numel()
@@ -692,7 +674,7 @@ def test_all_is_in_float32_or_float64_if_given_and_has_no_second_derivative(loss
 @pytest.mark.filterwarnings("ignore:Sinkhorn stopped")
 def test_the_benchmark_finds_exact_gradients(capsys):
     sinkhorn.benchmark([8, 128], 1, "cpu")
-    ours = [line for line in capsys.readouterr().out.splitlines() if "ours" in line]
+    ours = [line for line in capsys.readouterr().out.splitlines() if " ours " in line]
     assert len(ours) == 16 and all(float(line.split()[-1]) < 1e-2 for line in ours)
 
 
@@ -2308,7 +2290,8 @@ def test_what_a_table_has_no_use_for_is_refused(line):
 
 # ------------------------------------------------------- several processes, and processes that die
 # Processes that share the work find what one finds; whoever is killed leaves nothing half written.
-# Two ranks go through PLAN beside the other tests, from the beginning of the session on.
+# Two ranks go through PLAN, and the real networks through QUICK_START, beside the other tests, from
+# the beginning of the session on.
 
 SHORT = "--backbone-epochs 2 --fusion-epochs 2 --batch-size 31 --workers 0 --out"
 FINETUNE = "--finetune --epochs 2 --batch-size 31 --lr 1e-3 --out"
@@ -2325,6 +2308,12 @@ PLAN = [  # of one fold, in batches of odd sizes; then several trainings, which 
     (train_student, "--fold 1 --method mse --epochs 2 --out dealt"),
     (train_student,
      "--table 2 --dataset features --root views.npz --fold 3 --epochs 2 --out dealt")]
+
+
+QUICK_START = [  # the README's commands, of fewer epochs: the only training of the real networks
+    "train_teacher.py --dataset biovid_b --synthetic --backbone-epochs 1 --fusion-epochs 9",
+    "train_student.py --lambda 0.4 --k 30",
+    "train_student.py --finetune --epochs 1 --workers 0"]
 
 
 def be_a_rank():
@@ -2345,10 +2334,38 @@ def be_a_rank():
     Path("killed.txt").write_text(error)
 
 
+def asked_for(fixture, request):
+    return any(fixture in item.fixturenames for item in request.session.items)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_start(request, tmp_path_factory):
+    """The folder and the process of QUICK_START, if a test asks for what it has `started`."""
+    if not asked_for("started", request):
+        yield
+        return
+    folder = tmp_path_factory.mktemp("quick")
+    stand_in = folder / "data/biovid_b-synthetic"  # where --synthetic would write it
+    stand_in.parent.mkdir()
+    stand_in.symlink_to(request.getfixturevalue("stand_in"))
+    command = " && ".join(f"{sys.executable} {SCRIPTS}/{line}" for line in QUICK_START)
+    with (open(folder / "said", "w") as said,
+          subprocess.Popen(command, shell=True, cwd=folder, stdout=said) as process):
+        yield folder, process
+        process.terminate()
+
+
+@once
+def started(quick_start):
+    folder, process = quick_start
+    assert process.wait(300) == 0
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def torchrun(request, tmp_path_factory):
     """The two ranks' folder and process, if a test asks for `ranks`."""
-    if not any("ranks" in item.fixturenames for item in request.session.items):
+    if not asked_for("ranks", request):
         yield
         return
     folder = tmp_path_factory.mktemp("ranks")
@@ -2447,6 +2464,18 @@ def test_two_processes_that_append_to_one_file_lose_no_line():
     lines = filter(str.strip, open(OUT / "results.jsonl"))
     found = [json.loads(line)[:2] for line in lines]
     assert sorted(found) == [[who, number] for who in (0, 1) for number in range(1000)]
+
+
+def test_the_quick_start_ends_with_the_answer(started):
+    """And under --finetune batch norm keeps its statistics."""
+    said = (started / "said").read_text()
+    answers = re.findall(r"^SYNTHETIC biovid_b fold 1.*student, pkdot", said, re.M)
+    run = started / "runs/biovid_b-synthetic/c2/fold1"
+    assert len(answers) == 2 and len(logged(run, "student")) == 50 + 1
+    before, after = (saved(run, name)["model"] for name in ("visual", "student-pkdot"))
+    moved = {key.split(".")[-1] for key in before
+             if "backbone" in key and not torch.equal(before[key], after[key])}
+    assert moved == {"weight", "bias"}
 
 
 def test_half_of_torchruns_variables_is_one_line(monkeypatch):
