@@ -25,6 +25,7 @@ What all scripts share lives here, too: `Parser`, `UserError` (a user's mistake)
 errors into one line, and `replacing`, which never leaves half a file.
 """
 import argparse
+import io
 import json
 import math
 import os
@@ -68,6 +69,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message}; see python {self.prog} --help")
+
+
+def a_path(text):
+    """An argparse type: a path in which ~ is the home folder."""
+    return Path(text).expanduser()
 
 
 class UserError(ValueError):
@@ -1214,14 +1220,14 @@ def parse(argv=None):
     job = parser.add_mutually_exclusive_group(required=True)
     job.add_argument("--check", choices=DATASETS, help="count what is at --root, list every fault")
     job.add_argument("--synthetic", choices=DATASETS[:3], help="write a stand-in to --root")
-    job.add_argument("--crop", type=Path, metavar="VIDEOS",
+    job.add_argument("--crop", type=a_path, metavar="VIDEOS",
                      help="cut the faces out of a video or a folder of videos, into --root/faces")
     add = parser.add_argument
     add("--detector", default="haar", metavar="FILE",
         help="for --crop: the file of YuNet, else OpenCV 4's Haar cascade")
     add("--workers", type=int, default=os.cpu_count(), help="for --crop: processes")
     add("--face-start", type=float, help="for --check: where image 1 lies, seconds")
-    add("--root", help="default: data/<data set>, with -synthetic for a stand-in")
+    add("--root", type=a_path, help="default: data/<data set>, with -synthetic for a stand-in")
     return parser.parse_args(argv)
 
 
@@ -1232,7 +1238,7 @@ def main():
     if args.crop:
         if not args.root:
             raise UserError("--crop needs --root, the folder to write faces/ into")
-        return crop_videos(args.crop, Path(args.root), args.detector, args.workers)
+        return crop_videos(args.crop, args.root, args.detector, args.workers)
     source = open_dataset(args.check, args.root or f"data/{args.check}", 5,
                           face_start=args.face_start, strict=False)
     faults = [*source.faults]
@@ -1248,7 +1254,10 @@ def main():
 def run(main):
     """Call main; a user's mistake is one line on stderr and exit code 2 (Ctrl-C: 130)."""
     code = 2
-    sys.stdout.reconfigure(errors="backslashreplace")  # files' names may be of any bytes
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is none
+        # files' names may be of any bytes; each line at once, into a file, too, and in one piece:
+        # those of several ranks would cut one another
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True, write_through=False)
     try:
         try:
             main()

@@ -542,6 +542,36 @@ def test_a_mistake_is_one_line_that_names_it(script, line, at_home):
     assert flag in error or given and given[-1] in error
 
 
+@parametrize("script, line", [
+    (data, "--check features --root"),
+    (data, "--crop"),
+    (train_teacher, "--root"),
+    (train_teacher, "--out"),
+    (train_teacher, "--visual-weights"),
+    (train_student, "--root"),
+    (train_student, "--out"),
+    (train_student, "--teacher"),
+    (train_student, "--student"),
+    (train_student, "--evaluate"),
+    (train_student, "--predict")])
+def test_a_path_may_begin_at_home(script, line):
+    given = script.parse([*line.split(), "~/x"])
+    assert str(Path.home() / "x") in map(str, vars(given).values())
+
+
+def test_each_line_is_out_at_once_and_a_notebooks_stdout_will_do(monkeypatch):
+    monkeypatch.setenv("RANK", "")  # nor is this torchrun's
+    seen = []
+    program = SimpleNamespace(__name__="program", main=lambda: print("x") or seen.append(
+        sys.stdout.buffer.getvalue()))
+    ok(program, "")
+    assert seen == [b"x\n"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        data.run(lambda: print("x"))
+    assert out.getvalue() == "x\n"
+    refused(train_student, "--teacher none", "none")
+
+
 # ----------------------------------------------------------------------------------------- the loss
 # Whatever the problem, the solver's plan, value and gradient are the optimum's, or a warning says
 # that they are not; PKDOT's loss, the baselines and the scores are the equations of their papers.

@@ -969,7 +969,7 @@ def for_features(table, args):
     the paper's."""
     settings, _ = make_settings(args.dataset, args.root)
     metrics = ["valence", "arousal"] if settings["task"] == "regression" else ["accuracy"]
-    columns = [column._replace(name=f"{Path(args.root).stem} {metric}", dataset="features",
+    columns = [column._replace(name=f"{args.root.stem} {metric}", dataset="features",
                                metric=metric)
                for metric in metrics
                for column in table.columns if column.name == table.columns[0].name]
@@ -1054,7 +1054,7 @@ def draw_lines(table, points, figure):
 def save_figure(title, synthetic, ending, write, draw, args):
     """The numbers of a figure, by write(path), and its png, by draw(figure), if matplotlib is
     installed."""
-    source = Path(args.root).stem if args.dataset == "features" else args.dataset
+    source = args.root.stem if args.dataset == "features" else args.dataset
     parts = [f"figure{args.figure}", source, "synthetic" * synthetic]
     path = args.out / f"{'-'.join(filter(None, parts))}{ending}"
     with data.replacing(path) as part:
@@ -1145,7 +1145,7 @@ def parse(argv=None, namespace=None):
     add = parser.add_argument
     count = at_least(1)
     number = at_least(0, float)
-    add("--teacher", type=Path, help="default: the newest teacher.pt under --out")
+    add("--teacher", type=data.a_path, help="default: the newest teacher.pt under --out")
     add("--fold", nargs="+", choices=[*"12345", "all"],
         help="the teacher's siblings of these folds; of a table, its folds (default all)")
     add("--method", choices=METHODS, default="pkdot", help="default pkdot")
@@ -1170,14 +1170,14 @@ def parse(argv=None, namespace=None):
         help="what chooses the epoch: held-out groups (default), the test fold (the release), none")
     add_common_flags(parser)
     job = parser.add_mutually_exclusive_group().add_argument
-    job("--evaluate", type=Path, metavar="STUDENT.pt",
+    job("--evaluate", type=data.a_path, metavar="STUDENT.pt",
         help="a saved student's test score, from faces")
-    job("--predict", type=Path, metavar="FOLDER",
+    job("--predict", type=data.a_path, metavar="FOLDER",
         help="csv of a student's predictions for face crops")
     job("--table", choices=TABLES,
         help="the paper's table, or our choices; trains what is missing")
     job("--figure", choices=("5", *FIGURES), help="the paper's figure, likewise")
-    add("--student", type=Path, metavar="STUDENT.pt", help="for --predict")
+    add("--student", type=data.a_path, metavar="STUDENT.pt", help="for --predict")
     add("--dataset", choices=data.DATASETS, help="the newest teacher's; of a table its columns")
     add("--seeds", type=count, default=1, help="tables and figures: students a fold")
     add("--labelled", type=count, help="tables and figures: of the teachers")

@@ -54,7 +54,7 @@ def at_least(least, kind=int):
 
 def add_common_flags(parser):
     add = parser.add_argument
-    add("--root", help="the data; default: data/<dataset>")
+    add("--root", type=data.a_path, help="the data; default: data/<dataset>")
     add("--synthetic", action="store_true", help="use a synthetic stand-in, written on first use")
     add("--face-start", type=at_least(0, float), metavar="SECONDS",
         help="where in BioVid's videos image 1 lies; default 0, or the teacher's")
@@ -62,7 +62,7 @@ def add_common_flags(parser):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--workers", type=at_least(0), default=2, help="processes that decode files")
     add("--amp", action="store_true", help="bfloat16 autocast on CUDA (the OT stays in float32)")
-    add("--out", type=Path, default="runs", help="where runs and results.jsonl live")
+    add("--out", type=data.a_path, default="runs", help="where runs and results.jsonl live")
     add("--resume", action="store_true", help="go on where an interrupted run stopped")
 
 
@@ -99,7 +99,7 @@ ALONE = Ranks(0, 1)  # without torchrun, and where each rank has trainings of it
 def join_ranks(args):
     """Sets args.device; under torchrun, the ranks meet here. Returns all of them."""
     args.device = choose_device(args.device, args.amp)
-    if "RANK" not in os.environ:  # a WORLD_SIZE alone may be a scheduler's
+    if not os.environ.get("RANK"):  # a WORLD_SIZE alone may be a scheduler's
         return ALONE
     missing = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if missing:
@@ -113,8 +113,6 @@ def join_ranks(args):
         backend = "nccl"
         args.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(args.device)
-    # each line in one piece, or those of several ranks cut one another
-    sys.stdout.reconfigure(line_buffering=True, write_through=False)
     # some ranks wait for others to train whole folds
     dist.init_process_group(backend, timeout=timedelta(days=7))
     return ranks
@@ -805,7 +803,7 @@ def parse(argv=None):
     add("--fusion", choices=models.HEADS, help="Fig. 4; default: Table I's")
     add("--visual-backbone", choices=models.VISUAL, help="default: BioVid r3d18, Affwild2 i3d")
     weights = parser.add_mutually_exclusive_group().add_argument
-    weights("--visual-weights", dest="weights", metavar="FILE",
+    weights("--visual-weights", type=os.path.expanduser, dest="weights", metavar="FILE",
         help="state dict to start the visual backbone from")
     weights("--pretrained", dest="weights", action="store_const", const="pretrained",
         help="start r3d18 from torchvision's Kinetics weights")
