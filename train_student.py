@@ -64,6 +64,7 @@ from train_teacher import (
     fingerprint,
     fold_of,
     folds_of,
+    from_all,
     gather,
     heading,
     join_ranks,
@@ -124,9 +125,6 @@ def distil(teacher, features, fold, args, ranks, run=None):
     begin = time.time()
     settings = teacher["settings"]
     choice = choices(args, teacher)
-    if args.method == "kl" and settings["task"] == "regression":
-        raise UserError(f"--method {args.method} compares class probabilities, and valence/arousal "
-                        "has none; choose another method")
 
     # the frozen teacher's answers to all pairs, once
     index = fold.train.index  # (S, L)
@@ -137,7 +135,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
     samples = len(index)
     b = min(args.batch_size, samples)
     args = with_flags(args, k=min(args.k, b))
-    if run and b < args.batch_size:
+    if run and ranks.rank == 0 and b < args.batch_size:
         print(f"warning: only {samples} training samples; batches are of {b} and k is {args.k}",
               file=sys.stderr)
 
@@ -169,7 +167,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
             batch = batch.to(args.device)
 
             # forward: this rank's share, then the whole batch of student and teacher
-            s = Fused(*(gather(part, b, ranks) for part in answer(over_ranks, x, args)))
+            s = Fused(*(gather(part, b, ranks) for part in student_forward(over_ranks, x, args)))
             t = Fused(*(part[batch] for part in targets))
 
             loss_gt = task_loss(s.output, label[batch])  # Eq. 7 or 8
@@ -187,8 +185,8 @@ def distil(teacher, features, fold, args, ranks, run=None):
         # what chooses the epoch: held-out training groups (val), the test fold (test; the release)
         # or nothing (last)
         trained.eval()
-        part = "test" if args.select == "test" else "val"
-        chosen_on = getattr(fold, part)
+        where = "test" if args.select == "test" else "val"
+        chosen_on = getattr(fold, where)
         output = student_answers(network, seen, chosen_on.index, args, ranks)
         found = measure(features, chosen_on, output)
         before = None if args.select == "last" else best
@@ -203,7 +201,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
                 loss_gt=loss_gt, w=W, lambda_w=lambda_w, **found))
             if epoch % max(epochs // 10, 1) == 0 or epoch + 1 == epochs:
                 tqdm.write(f"epoch {epoch + 1:3d}  L_gt {loss_gt:.4f}  lambda W {lambda_w:.4f}  "
-                           f"{part} {show(found)}")
+                           f"{where} {show(found)}")
             keep_progress(progress, progress_of, epoch, trained, optimizer, best)
 
     if best:
@@ -237,7 +235,7 @@ def distillation_loss(s, t, args):
         return s.z.sum() * math.nan
 
 
-def answer(network, x, args):
+def student_forward(network, x, args):
     """A student's Fused, in float32, of what `student_inputs` yields."""
     with autocast(args, args.amp):
         output, z = network(*x)
@@ -248,7 +246,7 @@ def student_answers(network, seen, index, args, ranks, part="output"):
     """The student's output, or "z", of all windows index (S, L), on the CPU."""
     batches = dealt(torch.arange(len(index)).split(args.batch_size), ranks)
     inputs = student_inputs(seen, index, batches, args)
-    return answers(lambda x: getattr(answer(network, x, args), part), inputs, ranks)
+    return answers(lambda x: getattr(student_forward(network, x, args), part), inputs, ranks)
 
 
 class Seen(NamedTuple):
@@ -389,15 +387,15 @@ def choices(args, teacher):
     return choice | {"teacher": teacher["made of"]}
 
 
-@cache  # the code that runs is the code that was imported, whatever is edited meanwhile
+@cache  # and called first of all: what is edited meanwhile is not what runs
 def code():
     """12 hex digits of all code that makes results, without comments and docstrings."""
-    trees = [ast.parse(Path(__file__).with_name(f"{name}.py").read_text()) for name in
+    trees = [ast.parse(Path(__file__).with_name(f"{name}.py").read_bytes()) for name in
              "sinkhorn pkdot models data train_teacher train_student".split()]
     for node in chain.from_iterable(map(ast.walk, trees)):
         if isinstance(getattr(node, "body", None), list):
-            node.body = [line for line in node.body if not isinstance(
-                getattr(line, "value", None), ast.Constant)]
+            node.body = [line for line in node.body if not (
+                isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]
     return fingerprint([ast.dump(tree) for tree in trees])
 
 
@@ -719,7 +717,7 @@ def fill(table, args, ranks):
             problems.append(f"{cell.flags.dataset} not run: {error}")
             continue
         notes += note
-        teachers[cell.which] = ensure_teachers(source, wanted, cell.flags, ranks)
+        teachers[cell.which] = ensure_teachers(source, wanted, cell.flags, ranks, problems)
 
     # the students that results.jsonl lacks
     results = args.out / "results.jsonl"
@@ -736,7 +734,7 @@ def fill(table, args, ranks):
             append_line(results, record)
         except UserError as error:  # one that diverges leaves its cell without this run
             problems.append(f"{flags.method} of {teacher['path']} not run: {error}")
-    wait_for_all()
+    problems = chain.from_iterable(from_all(problems, ranks))
 
     # collect: of several lambdas the one that is best on validation
     known = read_results(results)
@@ -778,16 +776,26 @@ def teacher_settings(args):
     given = {key: vars(args)[key] for key in "classes labelled folds face_start amp".split()}
     settings, source = make_settings(args.dataset, args.root, args.synthetic, **given)
     name = args.dataset + "-synthetic" * settings["synthetic"]
-    there = (load(path, "teacher")["settings"] for path in teachers_under(args.out, name))
-    newest = next((old for old in there
-                   if all(old[key] == settings[key] for key in ("data", "task", "outputs"))), {})
-    changed = {key: value for key, value in newest.items()
-               if key not in ("fold", "folds", "labelled", "root") and value != settings[key]}
     note = []
-    if changed:
-        settings, source = make_settings(args.dataset, args.root, args.synthetic, **given | changed)
-        note = [f"- {args.dataset}/{variant(settings)}: teachers with "
-                + ", ".join(f"{key} {value}" for key, value in changed.items())]
+    for path in teachers_under(args.out, name):
+        old = load(path, "teacher")["settings"]
+        if any(old[key] != settings[key] for key in ("task", "outputs")):
+            continue
+        changed = {key: old[key] for key in settings if old[key] != settings[key]
+                   and key not in "fold folds labelled root data".split()}
+        of_images = "length face_start image_size".split()  # of a file they are no flags
+        if args.dataset == "features" and any(key in changed for key in of_images):
+            continue
+        like_it = settings, source
+        if changed:
+            like_it = make_settings(args.dataset, args.root, args.synthetic, **given | changed)
+        if like_it[0]["data"] != old["data"]:
+            continue
+        settings, source = like_it
+        if changed:
+            note = [f"- {args.dataset}/{variant(settings)}: teachers with "
+                    + ", ".join(f"{key} {value}" for key, value in changed.items())]
+        break
     wanted = {}
     for fold in folds_of(source, args.fold):
         one = settings | {"fold": fold}
@@ -796,14 +804,19 @@ def teacher_settings(args):
     return source, wanted, note
 
 
-def ensure_teachers(source, wanted, args, ranks):
-    """The teachers of {teacher.pt: settings}; each rank trains its share of what is missing."""
+def ensure_teachers(source, wanted, args, ranks, problems):
+    """The teachers of {teacher.pt: settings}; each rank trains its share of what is missing. One
+    that diverges is a line in problems."""
     missing = [settings for path, settings in wanted.items() if not path.exists()]
     wait_for_all()  # until all have looked what is missing
     for settings in trainings_of(missing, "teachers", ranks):
-        train_teacher(settings, source, args, ALONE)
+        try:
+            train_teacher(settings, source, args, ALONE)
+        except UserError as error:
+            problems.append(f"{settings['dataset']} fold {settings['fold']} not run: {error}")
     wait_for_all()
-    return [open_teacher(path, settings) for path, settings in wanted.items()]
+    there = [(path, settings) for path, settings in wanted.items() if path.exists()]
+    return [open_teacher(path, settings) for path, settings in there]
 
 
 def interval(ours, theirs):
@@ -1001,7 +1014,8 @@ def print_table(args, ranks):
         return
     print(f"{' '.join(sys.argv)}\n", format_table(table, cells), *notes, sep="\n")
     lines = lines_of(cells)
-    edited = sum(line.get("code", code()) != code() for line in lines)
+    students = {id(line): line for line in lines if "code" in line}.values()  # two metrics: once
+    edited = sum(line["code"] != code() for line in students)
     if edited:
         print(f"- {edited} students were trained by other code than today's; --fresh trains them "
               "again")
@@ -1080,9 +1094,13 @@ def figure_5(args, ranks):
     args.dataset = args.dataset or "biovid_b"
     args.fold = [args.fold[0].replace("all", "1")]  # it shows one teacher
     source, wanted, note = teacher_settings(args)
-    teacher, = ensure_teachers(source, wanted, args, ranks)
+    problems = []
+    teachers = ensure_teachers(source, wanted, args, ranks, problems)
+    if not teachers:
+        raise UserError("; ".join(chain.from_iterable(from_all(problems, ranks))))
     if ranks.rank > 0:
         return
+    teacher, = teachers
     print(*note, sep="\n", end="\n" * len(note))
     settings = teacher["settings"]
     features, fold = teacher_data(teacher, args)
@@ -1200,8 +1218,9 @@ def with_flags(args, **change):
 
 def main():
     args = parse()
+    code()
     ranks = join_ranks(args)
-    if args.method == "pkdot" and args.k > args.batch_size:
+    if "k" in METHODS[args.method].flags.split() and args.k > args.batch_size:
         raise UserError(f"--k {args.k}: the similarity matrix has only --batch-size "
                         f"{args.batch_size} rows; lower --k or raise --batch-size")
     if len(args.lambdas) > 1 and not (args.table or args.figure in FIGURES):
@@ -1241,7 +1260,8 @@ def distil_folds(args, ranks):
     def given(flags):
         return any(vars(args)[flag] != default[flag] for flag in flags.split())
 
-    if args.method != "pkdot" and given(METHODS["pkdot"].flags):
+    own = METHODS[args.method].flags.split()
+    if given(" ".join(flag for flag in METHODS["pkdot"].flags.split() if flag not in own)):
         raise UserError("--k, --epsilon, --no-debias, --anchors, --shared-anchors and "
                         f"--no-transport are pkdot's: leave them out with --method {args.method}")
     if given("labelled folds classes seeds fresh hallucinate role student"):
@@ -1261,6 +1281,9 @@ def keep_student(teacher, args, ranks):
     found = teacher["metrics"]
     run = run_folder(settings, args.out)  # also of a teacher that lies elsewhere
     finished = run / f"student-{args.method}.pt"
+    if args.method == "kl" and settings["task"] == "regression":
+        raise UserError(f"--method {args.method} compares class probabilities, and valence/arousal "
+                        "has none; choose another method")
     if args.root and not args.finetune:
         expect_same_data(open_faces(settings, args), settings)
     if ranks.rank == 0:
@@ -1270,14 +1293,15 @@ def keep_student(teacher, args, ranks):
 
     whole = settings | {"student": choices(args, teacher)}
     old = args.resume and finished.exists() and load(finished, "student")
-    if old and old["settings"] == whole:
+    done = old and old["settings"] | {"root": None} == whole | {"root": None}
+    if done:
         record = old["record"]
     else:
         features, fold = teacher_data(teacher, args)
         record, student = distil(teacher, features, fold, args, ranks, run)
     if ranks.rank > 0:
         return
-    if old and old["settings"] == whole:
+    if done:
         print(f"{finished} is finished")
     else:
         state = student_state(student, whole, features, fold)

@@ -238,6 +238,7 @@ def load(path, kind, wanted=None):
         if key != "root" and old != new:
             raise UserError(f"{path} was trained with {key} {old}, not {new}; use the same flags "
                             "and unchanged data, or another --out, or delete its folder")
+    state["settings"]["root"] = wanted["root"]  # where the data lies by now
     return state
 
 
@@ -282,6 +283,14 @@ def bar(batches, text):
     return tqdm(batches, text, leave=False, disable=None if first_of_all() else True)
 
 
+def from_all(thing, ranks):
+    """What each rank has in a thing's place, rank 0's first."""
+    things = [thing] * ranks.world
+    if ranks.world > 1:
+        dist.all_gather_object(things, thing)
+    return things
+
+
 @torch.inference_mode()
 def answers(forward, batches, ranks):
     """forward(batch) over all batches, concatenated on the CPU: one copy, no step waits for it.
@@ -291,8 +300,7 @@ def answers(forward, batches, ranks):
     """
     outputs = [forward(batch).float() for batch in batches]
     if ranks.world > 1:
-        parts = [None] * ranks.world
-        dist.all_gather_object(parts, [output.cpu() for output in outputs])
+        parts = from_all([output.cpu() for output in outputs], ranks)
         outputs = [output for turn in zip_longest(*parts) for output in turn if output is not None]
     return torch.cat(outputs).cpu()
 
@@ -445,11 +453,12 @@ def make_settings(dataset, root=None, synthetic=False, **given):
 
 
 def content(source, modalities=("visual", "privileged")):
-    """What a data set holds, wherever it lies: its labels, and the traces of each modality."""
-    labels = [source.name, source.label, getattr(source, "frame_label", None)]
-    rows = range(len(source.label))
+    """What a data set holds, wherever it lies: whose rows, with which labels and in which part, and
+    the traces of each modality."""
+    columns = "name label group split video frame_label frame_row".split()
+    labels = [getattr(source, column, None) for column in columns]
     return {"labels": fingerprint(labels)} | {
-        modality: fingerprint(source.traces(modality, rows)) for modality in modalities}
+        modality: fingerprint(source.traces(modality)) for modality in modalities}
 
 
 # the settings that make another teacher, as they stand in the folder's name
