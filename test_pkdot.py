@@ -1307,13 +1307,13 @@ def test_scores_are_over_valid_frames_each_predicted_by_its_clip(tmp_path, lengt
     label = randn(164, 2).clamp(-1, 1).numpy().round(3)
     label[3:9, 0] = label[5:12, 1] = label[-1] = -5
     affwild2(tmp_path, "a", 64, layout=layout, label=label[:64], present=range(1, 67))
-    affwild2(tmp_path, "b", 100, "Validation_Set", layout, [3, 5, 29, 40, 98], label[64:])
+    affwild2(tmp_path, "b", 100, "Validation_Set", layout, [3, 5, 29, 32, 40, 98], label[64:])
     os.renames("cropped_aligned/a", f"{place}/a")
     source = open_dataset("affwild2", tmp_path, length=length)
     assert [*source.name] == ["a/00032", "a/00064", "b/00032", "b/00064", "b/00100"]
     assert [*source.split] == ["train"] * 2 + ["test"] * 3
     assert [grays(source.visual(row)) for row in range(1, 5)] == [
-        [*range(36, 65, 4)], [3] + [5] * 3 + [29] * 4, [40] * 8, [98] * 8]
+        [*range(36, 65, 4)], [3] + [5] * 3 + [29] * 3 + [32], [40] * 8, [98] * 8]
 
     valid = (label > -5).all(1)
     row = np.repeat(range(5), [32, 32, 32, 34, 34])[valid]
