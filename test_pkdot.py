@@ -2008,9 +2008,10 @@ def test_a_data_set_is_what_it_holds_wherever_it_lies(dataset, pattern, home, sl
     refused(train_teacher, line, RUNS[dataset])
 
 
-def test_other_groups_make_another_data_set(views, mine):
-    np.savez("grouped", group=np.arange(240) // 2, **np.load(views))
-    refused(train_teacher, f"{TEACHER} grouped.npz {CPU} out --resume", mine)
+@parametrize("key", ["group", "label"])
+def test_other_groups_or_labels_make_another_data_set(key, views, mine):
+    np.savez("other", **dict(np.load(views)) | {key: np.arange(240) // 60})
+    refused(train_teacher, f"{TEACHER} other.npz {CPU} out --resume", mine)
 
 
 class Bomb:

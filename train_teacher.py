@@ -218,7 +218,8 @@ def read_checkpoint(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise all kinds
         raise UserError(f"{path}: not a checkpoint or state dict that can be loaded safely "
-                        f"({type(error).__name__}); give another file or train it again") from None
+                        f"({type(error).__name__}); give another file, or delete it and train it "
+                        "again") from None
 
 
 def load(path, kind, wanted=None):
@@ -230,10 +231,11 @@ def load(path, kind, wanted=None):
             raise ValueError
     except Exception:  # any kind of content
         raise UserError(f"{path}: not a {kind} checkpoint as these scripts write it; "
-                        "give another file or train it again") from None
+                        "give another file, or delete it and train it again") from None
     there = dict(flat(state["settings"]))
     wanted = dict(flat(wanted or {})) or there
-    for key in [*wanted, *there]:
+    # of other data all else is a consequence
+    for key in sorted([*wanted, *there], key=lambda key: not key.startswith("data ")):
         old, new = there.get(key), wanted.get(key)
         if key != "root" and old != new:
             raise UserError(f"{path} was trained with {key} {old}, not {new}; use the same flags "
