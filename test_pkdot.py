@@ -2186,8 +2186,10 @@ def scores_of(row, column):
 
 def points(name):
     """Mean, sd, runs, difference, low and high of the cells in a figure's csv that have runs."""
-    table = np.loadtxt(f"out/figure{name}-views.csv", delimiter=",", skiprows=1, quotechar='"',
-                       usecols=range(2, 8))
+    path = OUT / f"figure{name}-views.csv"
+    header = path.read_text().splitlines()[0]
+    assert header == "row,column,mean,sd,runs,difference,low,high,data"
+    table = np.loadtxt(path, delimiter=",", skiprows=1, quotechar='"', usecols=range(2, 8))
     return table[table[:, 2] > 0]
 
 
