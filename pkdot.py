@@ -44,8 +44,7 @@ def pkdot_loss(student, teacher, k=30, epsilon=0.1, debias=True, anchors="dissim
         raise ValueError("student and teacher must be (b, m) over the same b samples, "
                          f"got {tuple(student.shape)} and {tuple(teacher.shape)}")
     b = len(student)
-    if not 1 <= k <= b:
-        raise ValueError(f"k={k} anchors need 1 <= k <= b, and the batch has b={b} samples")
+    _expect_anchors(k, b)
     if anchors not in ANCHORS:
         raise ValueError(f"anchors={anchors!r} is not one of {', '.join(ANCHORS)}")
 
@@ -67,6 +66,28 @@ def pkdot_loss(student, teacher, k=30, epsilon=0.1, debias=True, anchors="dissim
         if not transport:
             return (x - y).square().sum(1).mean() / 2  # row i with row i, at the same cost
         return sinkhorn_divergence(x, y, epsilon, debias)  # Eq. 5-6
+
+
+def similarity_loss(student, teacher, k=30, student_temperature=0.1, teacher_temperature=0.05):
+    """Cross-entropy of the student's distribution of similarities to the teacher's, over k random
+    anchors that all rows share, row i with row i; (b, m) and (b, m') -> scalar. [ours]
+
+    After SEED (Fang et al. 2021, of one modality) and COMODO (Chen et al. 2025, from video to
+    inertial sensors). Both compare student and teacher to a long queue of the teacher's embeddings,
+    in one space; here each is compared to its own representations of the batch, whose widths may
+    differ. It needs no classes. ValueError: k not in 1..b.
+    """
+    b = len(student)
+    _expect_anchors(k, b)
+    anchors = torch.randperm(b, device=student.device)[:k]
+    S_phi, S_theta = (cosine_similarity_matrix(z)[:, anchors] for z in (student, teacher.detach()))
+    wanted = (S_theta / teacher_temperature).softmax(1)  # (b, k)
+    return F.cross_entropy(S_phi / student_temperature, wanted)
+
+
+def _expect_anchors(k, b):
+    if not 1 <= k <= b:
+        raise ValueError(f"k={k} anchors need 1 <= k <= b, and the batch has b={b} samples")
 
 
 def cosine_loss(student, teacher):

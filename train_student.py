@@ -43,6 +43,7 @@ from pkdot import (
     mse_loss,
     pkdot_loss,
     rkd_loss,
+    similarity_loss,
     task_loss,
 )
 from train_teacher import (
@@ -72,10 +73,12 @@ from train_teacher import (
     leave_ranks,
     load,
     log_videos,
+    made_of,
     make_backbone,
     make_head,
     make_settings,
     measure,
+    of_fold,
     open_features,
     result_line,
     run_folder,
@@ -96,6 +99,15 @@ from train_teacher import (
 )
 
 EPOCHS, STAND_IN_EPOCHS = 20, 50  # the release's; a stand-in's epochs are of few steps
+LR = 1e-4  # section IV-B
+
+
+class FewLabels:
+    """Where fewer than half of the training samples have a label [ours]: a rate that gets somewhere
+    in a few hundred steps, and labelled samples drawn for each step, beside b pairs without."""
+    LR = 5e-4
+    EPOCHS = 30
+    DRAWN = 32
 
 
 class Method(NamedTuple):
@@ -112,6 +124,7 @@ METHODS = {
     "mse": Method(lambda s, t, args: mse_loss(s.z, t.z)),
     "kl": Method(lambda s, t, args: kl_loss(s.output, t.output)),
     "rkd": Method(lambda s, t, args: rkd_loss(s.z, t.z)),
+    "similarity": Method(lambda s, t, args: similarity_loss(s.z, t.z, args.k), "k"),
     "none": Method(lambda s, t, args: s.z.new_zeros(()))}
 
 
@@ -129,6 +142,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
     # the frozen teacher's answers to all pairs, once
     index = fold.train.index  # (S, L)
     label = fold.train.label.to(args.device)
+    labelled = fold.train.labelled.nonzero().flatten()
     targets = teacher_answers(teacher, features, index)
 
     # no more rows than samples, no more anchors than rows
@@ -148,8 +162,8 @@ def distil(teacher, features, fold, args, ranks, run=None):
     finished = (run or Path()) / f"student-{args.method}.pt"
     progress = finished.with_suffix(".progress")
     progress_of = settings | {"student": choice}
-    optimizer, first, best = start_or_resume(
-        trained, args.lr, progress, progress_of, args.resume and run)
+    optimizer = torch.optim.Adam(trained.parameters(), lr=choice["lr"], fused=True)
+    first, best = start_or_resume(trained, optimizer, progress, progress_of, args.resume and run)
 
     epochs = choice["epochs"]
     fault = None
@@ -157,6 +171,9 @@ def distil(teacher, features, fold, args, ranks, run=None):
         # S wants b rows: the rest, fewer than b, is dropped
         seed_all(args.seed, 3, epoch + 1)
         batches = torch.randperm(samples)[:samples - samples % b].split(b)
+        if settings["few_labels"]:
+            drawn = labelled[torch.randint(len(labelled), (len(batches), FewLabels.DRAWN))]
+            batches = [*map(torch.cat, zip(batches, drawn, strict=True))]
         shares = [share(batch, ranks) for batch in batches]
         inputs = student_inputs(seen, index, shares, args)
 
@@ -166,13 +183,18 @@ def distil(teacher, features, fold, args, ranks, run=None):
         for batch, x in zip(batches, inputs, strict=True):
             batch = batch.to(args.device)
 
-            # forward: this rank's share, then the whole batch of student and teacher
-            s = Fused(*(gather(part, b, ranks) for part in student_forward(over_ranks, x, args)))
-            t = Fused(*(part[batch] for part in targets))
-
+            # forward: this rank's share, then the whole batch
+            s = student_forward(over_ranks, x, args)
+            s = Fused(*(gather(part, len(batch), ranks) for part in s))
             loss_gt = task_loss(s.output, label[batch])  # Eq. 7 or 8
+
+            # what the teacher says of the b pairs
+            s, t = (Fused(*(part[rows] for part in of)) for of, rows in
+                    ((s, slice(b)), (targets, batch[:b])))
             W = distillation_loss(s, t, args)
             loss = loss_gt + choice["lambda"] * W  # Eq. 9
+            if args.kl:
+                loss = loss + args.kl * kl_loss(s.output, t.output)  # [ours]
 
             optimizer.zero_grad()
             loss.backward()
@@ -223,6 +245,11 @@ def distil(teacher, features, fold, args, ranks, run=None):
         settings, "student", found, time.time() - begin, b=b, k_used=args.k, code=code(),
         epoch=best["epoch"] + 1, validation=validation, **choice)
     return record, student
+
+
+def needs_classes(args):
+    """KL compares their probabilities."""
+    return args.method == "kl" or args.kl > 0
 
 
 def distillation_loss(s, t, args):
@@ -348,9 +375,8 @@ def open_teacher(path, settings=None):
     """A teacher's checkpoint (of these settings, if given), where its stage 1 lies, and what makes
     it this teacher."""
     state = load(path, "teacher", settings)
-    teacher = state | {
-        "path": path, "stage 1": stage_1_folder(path.parent, state["settings"]),
-        "made of": fingerprint([state["backbones"], state["head"], state["tnet"]])}
+    teacher = state | {"path": path, "made of": made_of(state),
+                       "stage 1": stage_1_folder(path.parent, state["settings"])}
     visual_backbone(teacher)  # or one line says that it is another one by now
     return teacher
 
@@ -379,11 +405,15 @@ def teacher_data(teacher, args):
 def choices(args, teacher):
     """What a student was made of, that a results line must agree in to stand for it: its teacher,
     and the flags that its method reads."""
-    common = "method hallucinate batch_size lr finetune select seed amp "
+    common = "method hallucinate batch_size finetune select seed amp kl "
     flags = common + METHODS[args.method].flags
     choice = {flag: vars(args)[flag] for flag in flags.split()}
-    stand_in = teacher["settings"]["synthetic"]
-    choice["epochs"] = args.epochs or (STAND_IN_EPOCHS if stand_in else EPOCHS)
+    settings = teacher["settings"]
+    lr, epochs = LR, STAND_IN_EPOCHS if settings["synthetic"] else EPOCHS
+    if settings["few_labels"]:
+        lr, epochs = FewLabels.LR, max(epochs, FewLabels.EPOCHS)
+    choice["lr"] = lr if args.lr is None else args.lr
+    choice["epochs"] = args.epochs or epochs
     choice["lambda"] = 0.0 if args.method == "none" else args.lambdas[0]
     return choice | {"teacher": teacher["made of"]}
 
@@ -546,8 +576,7 @@ class Cell(NamedTuple):
 
     @property
     def undefined(self):
-        """KL compares class probabilities."""
-        return self.flags.method == "kl" and self.column.metric != "accuracy"
+        return needs_classes(self.flags) and self.column.metric != "accuracy"
 
     @property
     def never_run(self):
@@ -595,6 +624,8 @@ TABLES = {
         PKDOT                     |                    | 78.76 | 0.43 | 0.56
         PKDOT, shared anchors     | --shared-anchors
         RKD [31]                  | --method rkd
+        Similarity distributions  | --method similarity
+        PKDOT + 0.4 KL            | --kl 0.4
         none (lambda 0)           | --method none
         Visual only (lower bound) | --role visual
         Multimodal (upper bound)  | --role multimodal"""),
@@ -634,6 +665,8 @@ TABLES = {
         anchors: most similar                 | --anchors similar
         anchors: random                       | --anchors random
         no transport: row i with row i        | --no-transport
+        similarity distributions              | --method similarity
+        PKDOT + 0.4 KL                        | --kl 0.4
         not debiased (Eq. 5)                  | --no-debias
         T-Net's output zero                   | --hallucinate zero
         true privileged features (no student) | --hallucinate oracle
@@ -644,6 +677,7 @@ TABLES = {
         lambda 4                              | --lambda 4
         lambda 10                             | --lambda 10
         epoch chosen on the test fold         | --select test
+        no epoch chosen: the last             | --select last
         folds over clips                      | --folds clips
         the release's lambda and epsilon      | --lambda 0.6 --epsilon 0.01
         the release's protocol       | --lambda 0.6 --epsilon 0.01 --select test --folds clips
@@ -665,12 +699,12 @@ FIGURES = {
         epsilon 10    | --epsilon 10""", ("epsilon 0.1", "")),  # the paper's
     "labels": table_of("Figure labels: number of labelled training samples (not in the paper)", [
         BIOVID_A._replace(series=name, flags=flags) for name, flags in {
-            "none": "--method none", "cosine": "--method cosine", "KL": "--method kl",
-            "PKDOT": "", "PKDOT shared": "--shared-anchors"}.items()], """
-        labels 20  | --labelled 20
-        labels 60  | --labelled 60
-        labels 200 | --labelled 200
-        labels 600 | --labelled 600
+            "none": "--method none", "PKDOT": "", "PKDOT shared": "--shared-anchors",
+            "row by row": "--shared-anchors --anchors random --no-transport",
+            "similarity": "--method similarity --lambda 1", "KL": "--method kl"}.items()], """
+        labels 35  | --labelled 35
+        labels 70  | --labelled 70
+        labels 210 | --labelled 210
         labels all |""", (None, "none"))}  # no distillation, of as many labels
 
 
@@ -705,6 +739,7 @@ def fill(table, args, ranks):
     cells = empty_cells(table, args)
     notes = []
     problems = []
+    results = args.out / "results.jsonl"
 
     # the teachers: cells of one data set, with the same classes, labels and folds, share them
     teachers = {}
@@ -712,6 +747,9 @@ def fill(table, args, ranks):
         if cell.which in teachers or cell.never_run:
             continue
         teachers[cell.which] = []
+        if args.print:
+            teachers[cell.which] = recorded_teachers(cell.flags, read_results(results))
+            continue
         try:
             source, wanted, note = teacher_settings(cell.flags)
         except UserError as error:
@@ -721,10 +759,9 @@ def fill(table, args, ranks):
         teachers[cell.which] = ensure_teachers(source, wanted, cell.flags, ranks, problems)
 
     # the students that results.jsonl lacks
-    results = args.out / "results.jsonl"
     known = [] if args.fresh else read_results(results)
     missing = {}
-    for cell in cells.values():
+    for cell in cells.values() if not args.print else ():
         for _, teacher, flags in students_of(cell, teachers):
             if not line_of(teacher, flags, known):
                 missing[json.dumps(choices(flags, teacher))] = teacher, flags
@@ -771,6 +808,32 @@ def line_of(teacher, args, known):
     return next((line for line in reversed(known) if wanted <= line.items()), None)
 
 
+def recorded_teachers(args, known):
+    """What results.jsonl holds of a table's teachers, one a fold, the newest: enough to find the
+    lines of their students, and their own scores, without the data."""
+    found = {}
+    for line in known:
+        wanted = line["role"] in ("visual", "multimodal") and is_of(line, args)
+        if not wanted or not {"all", str(line["fold"])} & {*args.fold}:
+            continue
+        teacher = found.get(line["fold"])
+        if not teacher or teacher["made of"] != line["teacher"]:
+            teacher = found[line["fold"]] = {
+                "settings": line, "made of": line["teacher"], "metrics": {}}
+        teacher["metrics"][line["role"]] = line
+    return [*found.values()]
+
+
+def is_of(line, args):
+    """Whether a results line is of the data set and the teachers that a table's flags name."""
+    wanted = dict(dataset=args.dataset, synthetic=args.synthetic, labelled=args.labelled,
+                  folds=args.folds or "subjects")
+    if args.dataset in data.BioVid.COLUMN:
+        wanted["outputs"] = args.classes or 2
+    same_file = args.dataset != "features" or Path(line["root"]).stem == args.root.stem
+    return same_file and wanted.items() <= line.items()
+
+
 def teacher_settings(args):
     """A table's data set, {teacher.pt: settings} of its teachers, one a fold: like the newest
     teacher that is there, or train_teacher.py's defaults; and a note of what is not the default."""
@@ -782,7 +845,8 @@ def teacher_settings(args):
         old = load(path, "teacher")["settings"]
         if any(old[key] != settings[key] for key in ("task", "outputs")):
             continue
-        changed = {key: old[key] for key in settings if old[key] != settings[key]
+        default = of_fold(settings, source, old["fold"])
+        changed = {key: old[key] for key in settings if old[key] != default[key]
                    and key not in "fold folds labelled root data".split()}
         of_images = "length face_start image_size".split()  # of a file they are no flags
         if args.dataset == "features" and any(key in changed for key in of_images):
@@ -799,8 +863,7 @@ def teacher_settings(args):
         break
     wanted = {}
     for fold in folds_of(source, args.fold):
-        one = settings | {"fold": fold}
-        fold_of(source, one)  # or one line says why not
+        one = of_fold(settings, source, fold)
         wanted[run_folder(one, args.out) / "teacher.pt"] = one
     return source, wanted, note
 
@@ -981,8 +1044,13 @@ def format_lambdas(cells):
 def for_features(table, args):
     """A table's comparison on a features file: the same rows, the file's own metric, no number of
     the paper's."""
-    settings, _ = make_settings(args.dataset, args.root)
-    metrics = ["valence", "arousal"] if settings["task"] == "regression" else ["accuracy"]
+    if args.print:
+        lines = read_results(args.out / "results.jsonl")
+        task = next((line["task"] for line in lines if Path(line["root"]).stem == args.root.stem),
+                    "classification")
+    else:
+        task = make_settings(args.dataset, args.root)[0]["task"]
+    metrics = ["valence", "arousal"] if task == "regression" else ["accuracy"]
     columns = [column._replace(name=f"{args.root.stem} {metric}", dataset="features",
                                metric=metric)
                for metric in metrics
@@ -1178,7 +1246,9 @@ def parse(argv=None, namespace=None):
     add("--shared-anchors", dest="shared", action="store_true",
         help="one set of anchors for the batch instead of one a row")
     add("--batch-size", type=at_least(2), default=128, help="b in Eq. 1; default 128")
-    add("--lr", type=number, default=1e-4, help="default 1e-4")
+    add("--lr", type=number, help=f"default {LR:g}, of few labels {FewLabels.LR:g}")
+    add("--kl", type=number, default=0.0, metavar="A",
+        help="weight of KL (classes alone) beside the method; default 0")
     add("--epochs", type=count,
         help=f"default {EPOCHS} (the release's); {STAND_IN_EPOCHS} on a stand-in")
     add("--finetune", action=BooleanOptionalAction, default=False,
@@ -1203,6 +1273,8 @@ def parse(argv=None, namespace=None):
     add("--folds", choices=("subjects", "clips"), help="tables and figures: of the teachers")
     add("--classes", type=int, choices=(2, 5), help="tables and figures: of the teachers")
     add("--fresh", action="store_true", help="tables and figures: train the students again")
+    add("--print", action="store_true",
+        help="tables and figures: of what results.jsonl holds; no data is read, nothing trained")
     # what the rows of a table use
     add("--no-transport", dest="transport", action="store_false",
         help="compare row i with row i, in the plan's place")
@@ -1265,10 +1337,10 @@ def distil_folds(args, ranks):
     if given(" ".join(flag for flag in METHODS["pkdot"].flags.split() if flag not in own)):
         raise UserError("--k, --epsilon, --no-debias, --anchors, --shared-anchors and "
                         f"--no-transport are pkdot's: leave them out with --method {args.method}")
-    if given("labelled folds classes seeds fresh hallucinate role student"):
+    if given("labelled folds classes seeds fresh print hallucinate role student"):
         raise UserError("--labelled, --folds and --classes are a teacher's: give them to "
-                        "train_teacher.py; --seeds, --fresh, --hallucinate and --role are for "
-                        "--table and --figure, --student is for --predict; leave them out")
+                        "train_teacher.py; --seeds, --fresh, --print, --hallucinate and --role are "
+                        "for --table and --figure, --student is for --predict; leave them out")
     paths = chosen_teachers(args)
     together = args.finetune and len(paths) == 1  # one that all ranks train
     wait_for_all()
@@ -1282,9 +1354,9 @@ def keep_student(teacher, args, ranks):
     found = teacher["metrics"]
     run = run_folder(settings, args.out)  # also of a teacher that lies elsewhere
     finished = run / f"student-{args.method}.pt"
-    if args.method == "kl" and settings["task"] == "regression":
-        raise UserError(f"--method {args.method} compares class probabilities, and valence/arousal "
-                        "has none; choose another method")
+    if needs_classes(args) and settings["task"] == "regression":
+        raise UserError("--method kl and --kl compare class probabilities, and valence/arousal has "
+                        "none; choose another method, similarity for one")
     if args.root and not args.finetune:
         expect_same_data(open_faces(settings, args), settings)
     if ranks.rank == 0:

@@ -388,16 +388,15 @@ def better(best, score, epoch, model):
     return dict(score=score, epoch=epoch, model=snapshot(model))
 
 
-def start_or_resume(model, lr, path, settings, resume):
-    """Adam for a training, its first epoch and the best so far: from the beginning, or for --resume
-    from where an interrupted run stopped, weights included."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+def start_or_resume(model, optimizer, path, settings, resume):
+    """A training's first epoch and the best so far: from the beginning, or for --resume from where
+    an interrupted run stopped, weights included."""
     if not (resume and path.exists()):
-        return optimizer, 0, {}
+        return 0, {}
     state = load(path, "progress", settings)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return optimizer, state["epoch"] + 1, state["best"]
+    return state["epoch"] + 1, state["best"]
 
 
 def keep_progress(path, settings, epoch, model, optimizer, best):
@@ -413,7 +412,7 @@ def keep_progress(path, settings, epoch, model, optimizer, best):
 COMMON = dict(  # section IV-B; the batch size is the backbones', epochs are not in the paper
     classes=2, image_size=112, lr=1e-3, backbone_epochs=30, fusion_epochs=50, fusion_batch_size=64,
     seed=0, amp=False, weights=None, folds="subjects", labelled=None, face_start=None,
-    visual_backbone="r3d18", batch_size=64, fusion_lr=1e-4)
+    visual_backbone="r3d18", batch_size=64, fusion_lr=None)  # see `of_fold`
 DEFAULTS = {  # Table I, and what differs from COMMON
     "biovid_a": dict(fusion="concat", length=1),
     "biovid_b": dict(fusion="mmt", length=1),
@@ -497,6 +496,18 @@ def fold_of(source, settings, dense=False):
     return fold_windows(source, settings["fold"], dense, settings["folds"], settings["labelled"])
 
 
+def of_fold(settings, source, fold):
+    """The settings of one fold's teacher. [ours] few_labels: fewer than half of its training
+    samples have a label. There the T-Net learns faster than the paper's rate for the head allows,
+    and stage 3 has a regime of its own (`FewLabels`)."""
+    settings = settings | {"fold": fold}
+    labelled = fold_of(source, settings).train.labelled
+    settings["few_labels"] = 2 * int(labelled.sum()) < len(labelled)
+    if settings["fusion_lr"] is None:
+        settings["fusion_lr"] = 1e-3 if settings["few_labels"] else 1e-4
+    return settings
+
+
 def make_backbone(modality, settings):
     if settings["dataset"] == "features":
         return models.FeatureMLP(settings[f"{modality}_dim"])
@@ -539,8 +550,8 @@ def train_backbone(modality, source, fold, settings, folder, args, ranks):
         every = clip_loader(source, modality, index, torch.arange(len(index)).split(64), args)
         backbone.standardise(*mean_and_std(every))
     model.to(args.device)
-    optimizer, first, best = start_or_resume(
-        model, settings["lr"], progress, settings, args.resume)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings["lr"], fused=True)
+    first, best = start_or_resume(model, optimizer, progress, settings, args.resume)
     over_ranks = spread(model, args, ranks)
     checkpoint = dict(kind=modality, settings=settings)
     for epoch in range(first, settings["backbone_epochs"]):
@@ -658,8 +669,8 @@ def train_fusion(features, fold, settings, run, args):
     progress_of = settings | {"backbones": features.backbones}
     seed_all(settings["seed"], 2)
     model = nn.ModuleDict({"head": make_head(settings), "tnet": models.TNet()}).to(args.device)
-    optimizer, first, best = start_or_resume(
-        model, settings["fusion_lr"], progress, progress_of, args.resume)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings["fusion_lr"], fused=True)
+    first, best = start_or_resume(model, optimizer, progress, progress_of, args.resume)
     visual, privileged = features.rows["visual"], features.rows["privileged"]
     index = fold.train.index.to(args.device)
     label = fold.train.label.to(args.device)
@@ -778,13 +789,20 @@ def train_teacher(settings, source, args, ranks):
         found[role] = measure(features, fold.test, output)
         log_videos(run, role, features, fold.test, output)
 
-    save(path, dict(kind="teacher", settings=settings, metrics=found, backbones=backbones,
-                    head=model["head"].state_dict(), tnet=model["tnet"].state_dict()))
+    state = dict(kind="teacher", settings=settings, metrics=found, backbones=backbones,
+                 head=model["head"].state_dict(), tnet=model["tnet"].state_dict())
+    save(path, state)
     (run / "fusion.progress").unlink(missing_ok=True)
     for role, values in found.items():
         append_line(args.out / "results.jsonl",
-                    result_line(settings, role, values, time.time() - start))
+                    result_line(settings, role, values, time.time() - start,
+                                teacher=made_of(state)))
     return found
+
+
+def made_of(teacher):
+    """What makes a teacher this one, in its results lines and its students'."""
+    return fingerprint([teacher["backbones"], teacher["head"], teacher["tnet"]])
 
 
 def result_line(settings, role, found, seconds, **more):
@@ -824,7 +842,8 @@ def parse(argv=None):
     add("--lr", type=number, help="backbones; default 1e-3")
     add("--fusion-epochs", type=count, help="default 50 (not stated in the paper)")
     add("--fusion-batch-size", type=count, help="default 64")
-    add("--fusion-lr", type=number, help="default: BioVid 1e-4, Affwild2 1e-3")
+    add("--fusion-lr", type=number,
+        help="default: BioVid 1e-4, Affwild2 and few labels 1e-3")
     return parser.parse_args(argv)
 
 
@@ -849,7 +868,7 @@ def main():
     together = len(folds) == 1
     wait_for_all()  # until all have looked what is there
     for fold in folds if together else trainings_of(folds, "folds", ranks):
-        settings["fold"] = fold
+        settings = of_fold(settings, source, fold)
         found = train_teacher(settings, source, args, ranks if together else ALONE)
         if found:
             print(f"{heading(settings)}, n = {found['multimodal']['n']}: "
