@@ -1135,7 +1135,7 @@ def test_task_losses_and_scores_are_over_labels_and_all_else_over_pairs(
         folds, drawn, pairs, monkeypatch):
     """With --lr 0 a network is saved as the first step saw it. Of few labels, some are drawn for
     each step: so many have the labels' mean."""
-    monkeypatch.setattr(train_student.FewLabels, "DRAWN", drawn)
+    monkeypatch.setattr(train_student, "DRAWN", drawn)
     fold, (train, val, test) = fold_1(pairs, folds=folds, labelled=20)  # whatever the seed
     label = torch.from_numpy(pairs["label"]).clone()
     label[train] = fold.train.label

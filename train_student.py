@@ -99,15 +99,7 @@ from train_teacher import (
 )
 
 EPOCHS, STAND_IN_EPOCHS = 20, 50  # the release's; a stand-in's epochs are of few steps
-LR = 1e-4  # section IV-B
-
-
-class FewLabels:
-    """Where fewer than half of the training samples have a label [ours]: a rate that gets somewhere
-    in a few hundred steps, and labelled samples drawn for each step, beside b pairs without."""
-    LR = 5e-4
-    EPOCHS = 30
-    DRAWN = 32
+DRAWN = 32  # of few labels: labelled samples in each step, beside b pairs without [ours]
 
 
 class Method(NamedTuple):
@@ -171,8 +163,8 @@ def distil(teacher, features, fold, args, ranks, run=None):
         # S wants b rows: the rest, fewer than b, is dropped
         seed_all(args.seed, 3, epoch + 1)
         batches = torch.randperm(samples)[:samples - samples % b].split(b)
-        if settings["few_labels"]:
-            drawn = labelled[torch.randint(len(labelled), (len(batches), FewLabels.DRAWN))]
+        if settings["few_labels"]:  # by chance, a batch has one or two
+            drawn = labelled[torch.randint(len(labelled), (len(batches), DRAWN))]
             batches = [*map(torch.cat, zip(batches, drawn, strict=True))]
         shares = [share(batch, ranks) for batch in batches]
         inputs = student_inputs(seen, index, shares, args)
@@ -405,15 +397,11 @@ def teacher_data(teacher, args):
 def choices(args, teacher):
     """What a student was made of, that a results line must agree in to stand for it: its teacher,
     and the flags that its method reads."""
-    common = "method hallucinate batch_size finetune select seed amp kl "
+    common = "method hallucinate batch_size lr finetune select seed amp kl "
     flags = common + METHODS[args.method].flags
     choice = {flag: vars(args)[flag] for flag in flags.split()}
     settings = teacher["settings"]
-    lr, epochs = LR, STAND_IN_EPOCHS if settings["synthetic"] else EPOCHS
-    if settings["few_labels"]:
-        lr, epochs = FewLabels.LR, max(epochs, FewLabels.EPOCHS)
-    choice["lr"] = lr if args.lr is None else args.lr
-    choice["epochs"] = args.epochs or epochs
+    choice["epochs"] = args.epochs or (STAND_IN_EPOCHS if settings["synthetic"] else EPOCHS)
     choice["lambda"] = 0.0 if args.method == "none" else args.lambdas[0]
     return choice | {"teacher": teacher["made of"]}
 
@@ -626,6 +614,7 @@ TABLES = {
         RKD [31]                  | --method rkd
         Similarity distributions  | --method similarity
         PKDOT + 0.4 KL            | --kl 0.4
+        PKDOT, the last epoch     | --select last
         none (lambda 0)           | --method none
         Visual only (lower bound) | --role visual
         Multimodal (upper bound)  | --role multimodal"""),
@@ -677,7 +666,6 @@ TABLES = {
         lambda 4                              | --lambda 4
         lambda 10                             | --lambda 10
         epoch chosen on the test fold         | --select test
-        no epoch chosen: the last             | --select last
         folds over clips                      | --folds clips
         the release's lambda and epsilon      | --lambda 0.6 --epsilon 0.01
         the release's protocol       | --lambda 0.6 --epsilon 0.01 --select test --folds clips
@@ -1246,7 +1234,7 @@ def parse(argv=None, namespace=None):
     add("--shared-anchors", dest="shared", action="store_true",
         help="one set of anchors for the batch instead of one a row")
     add("--batch-size", type=at_least(2), default=128, help="b in Eq. 1; default 128")
-    add("--lr", type=number, help=f"default {LR:g}, of few labels {FewLabels.LR:g}")
+    add("--lr", type=number, default=1e-4, help="default 1e-4")
     add("--kl", type=number, default=0.0, metavar="A",
         help="weight of KL (classes alone) beside the method; default 0")
     add("--epochs", type=count,

@@ -498,8 +498,8 @@ def fold_of(source, settings, dense=False):
 
 def of_fold(settings, source, fold):
     """The settings of one fold's teacher. [ours] few_labels: fewer than half of its training
-    samples have a label. There the T-Net learns faster than the paper's rate for the head allows,
-    and stage 3 has a regime of its own (`FewLabels`)."""
+    samples have a label. There stage 2 has a higher rate, for the T-Net's sake, and stage 3 draws
+    labelled samples for each step."""
     settings = settings | {"fold": fold}
     labelled = fold_of(source, settings).train.labelled
     settings["few_labels"] = 2 * int(labelled.sum()) < len(labelled)
