@@ -233,6 +233,9 @@ def distil(teacher, features, fold, args, ranks, run=None):
     found = measure(features, fold.test, output)
     if run and ranks.rank == 0:
         log_videos(run, f"student {args.method}", features, fold.test, output)
+        index, keep, _ = fold.test
+        with data.replacing(finished.with_suffix(".csv")) as part, open(part, "w") as file:
+            write_predictions(file, settings, features, index, keep, output, known=True)
     record = result_line(
         settings, "student", found, time.time() - begin, b=b, k_used=args.k, code=code(),
         epoch=best["epoch"] + 1, validation=validation, **choice)
@@ -438,13 +441,27 @@ def chosen_teachers(args):
     return [folds / f"fold{fold}/teacher.pt" for fold in args.fold]
 
 
-def student_output(state, source, index, args, ranks):
-    """Output of a saved student for windows of faces, in the precision that it was trained in."""
-    settings = state["settings"]
-    choice = settings["student"]
-    student = build_student(settings)
+def load_student(path):
+    """A saved student, ready for code of your own: a models.Student in eval mode, on the CPU, whose
+    `settings` say what it was made of.
+
+    student(x) is Fused(output, z) of faces x (B, L, 3, F, H, W), uint8 or float in [0, 1], with L =
+    settings["length"], H = W = settings["image_size"] and F = 10 frames (BioVid) or 8 (Affwild2) of
+    a clip; or of a features file's visual rows (B, L, settings["visual_dim"]). Output: logits (B,
+    classes), or valence and arousal (B, L, 2). UserError: not a student's checkpoint.
+    """
+    state = load(path, "student")
+    student = build_student(state["settings"])
     student.load_state_dict(state["model"])
-    student.to(args.device).eval()
+    student.settings = state["settings"]
+    return student.eval()
+
+
+def student_output(path, source, index, args, ranks):
+    """Output of a saved student for windows of faces, in the precision that it was trained in."""
+    student = load_student(path).to(args.device)
+    settings = student.settings
+    choice = settings["student"]
 
     def forward(clips):
         with autocast(args, choice["amp"] if choice["finetune"] else settings["amp"]):
@@ -470,7 +487,11 @@ def evaluate(args, ranks):
     if fingerprint(samples_of(source, windows)) != state["test_labels"]:
         raise UserError(f"{source.path}: its samples bear the names of the student's test samples, "
                         "but other labels; give the --root it was trained on")
-    output = student_output(state, source, windows.index, args, ranks)
+    visual = content(source, ["visual"])["visual"] if settings["dataset"] == "features" else None
+    if visual not in (None, settings["data"]["visual"]) and ranks.rank == 0:
+        print(f"note: {source.path} holds other visual rows than the student was trained on",
+              file=sys.stderr)
+    output = student_output(args.evaluate, source, windows.index, args, ranks)
     found = measure(source, windows, output)
     if ranks.rank == 0:
         print(f"{heading(settings)}, n = {found['n']}: "
@@ -499,25 +520,37 @@ def predict_faces(args, ranks):
     settings = state["settings"]
     source = open_faces(settings, args, args.predict)
     index, keep = data.windows(source.video, source.length)
-    output = student_output(state, source, index, args, ranks)
+    output = student_output(args.student, source, index, args, ranks)
     if ranks.rank > 0:
         return 0
-
-    if settings["task"] == "regression":  # each clip once, in their order
-        header = ["clip", "valence", "arousal"]
-        names = source.name
-        rows, values = index[keep], output[keep]
-    else:
-        header = ["sample", *(f"p({name})" for name in class_names(settings))]
-        names = source.name if settings["dataset"] == "features" else source.video
-        rows, values = index[:, 0], output.softmax(1)
-    write = csv.writer(sys.stdout, lineterminator="\n").writerow
-    write(header)
-    for name, numbers in zip(names[rows.numpy()], values.tolist(), strict=True):
-        write([name, *(f"{number:.4f}" for number in numbers)])
+    write_predictions(sys.stdout, settings, source, index, keep, output)
     for fault in source.faults:
         print(fault, file=sys.stderr)
     return bool(source.faults)
+
+
+def write_predictions(file, settings, source, index, keep, output, known=False):
+    """csv: a line for each sample (class probabilities) or clip (valence, arousal), in their order;
+    between name and prediction group and label, if they are known."""
+    if settings["task"] == "regression":  # each clip once
+        what, names, answer = "clip", source.name, ["valence", "arousal"]
+        rows, values = index[keep], output[keep]
+    else:
+        what, answer = "sample", [f"p({name})" for name in class_names(settings)]
+        names = source.name if settings["dataset"] == "features" else source.video
+        rows, values = index[:, 0], output.softmax(1)
+
+    columns = [names[rows.numpy()]]
+    header = [what]
+    if known:
+        label = source.label[rows].reshape(len(rows), -1)
+        columns += [source.group[rows.numpy()], *label.T.tolist()]
+        header += ["group", *(["label"] if label.shape[1] == 1 else [f"label {a}" for a in answer])]
+    columns += [[f"{number:.4f}" for number in column] for column in values.T.tolist()]
+    write = csv.writer(file, lineterminator="\n").writerow
+    write(header + answer)
+    for line in zip(*columns, strict=True):
+        write(line)
 
 
 # ------------------------------------------------------------------------------ tables, figures
@@ -988,9 +1021,9 @@ def is_synthetic(cells):
     return any(line["synthetic"] for line in lines_of(cells))
 
 
-def format_table(table, cells):
+def format_table(table, cells, told=""):
     """The table in Markdown: for each column the paper's number and ours, then the paired
-    differences, and what they say."""
+    differences, and what they say. told: what is not the paper's in the rows of its numbers."""
     title, columns, rows, _ = table
     points = points_of(table, cells)
     lines = lines_of(cells)
@@ -1003,7 +1036,7 @@ def format_table(table, cells):
     heads = [f"{column.heading}{': paper | here' * published}" for column in columns]
     text += ["", f"| | {' | '.join(heads)} |", "|---" * (1 + len(columns) * (1 + published)) + "|"]
     for row in rows:
-        shown = [row.label]
+        shown = [row.label + told * bool(row.paper and row.flags is not None)]
         for column in columns:
             key = row.label, column.heading
             paper = f"{row.paper.get(column.heading, '-')} | " * published
@@ -1053,6 +1086,10 @@ def choose_table(args):
     table = (TABLES | FIGURES)[args.table or args.figure]
     if args.dataset == "features":
         return for_features(table, args)
+    own = given(args, "classes debias anchors shared transport kl")
+    if own and any(row.paper for row in table.rows):
+        raise UserError(f"{own}: the rows of --table {args.table} stand beside the paper's numbers "
+                        "and say what they are; leave it out, or see --table choices")
     columns = [column for column in table.columns if args.dataset in (None, column.dataset)]
     if not columns:
         raise UserError(f"--dataset {args.dataset}: {table.title} has no column of it")
@@ -1069,7 +1106,9 @@ def print_table(args, ranks):
     cells, notes, problems = fill(table, args, ranks)
     if ranks.rank > 0:
         return
-    print(f"{' '.join(sys.argv)}\n", format_table(table, cells), *notes, sep="\n")
+    told = given(args, "lambdas k epsilon batch_size lr epochs finetune select labelled folds")
+    print(f"{' '.join(sys.argv)}\n", format_table(table, cells, f" ({told})" * bool(told)), *notes,
+          sep="\n")
     lines = lines_of(cells)
     students = {id(line): line for line in lines if "code" in line}.values()  # two metrics: once
     edited = sum(line["code"] != code() for line in students)
@@ -1273,6 +1312,21 @@ def parse(argv=None, namespace=None):
     return parser.parse_args(argv, namespace)
 
 
+def given(args, dests):
+    """Those of the flags that are not at their defaults, as they are typed."""
+    default = vars(parse([]))
+    names = dict(lambdas="lambda", debias="no-debias", shared="shared-anchors",
+                 transport="no-transport")
+    typed = []
+    for dest in dests.split():
+        value = vars(args)[dest]
+        if value != default[dest]:
+            values = value if isinstance(value, list) else [value] * (not isinstance(value, bool))
+            name = names.get(dest, dest).replace("_", "-")
+            typed.append(" ".join([f"--{name}", *map(str, values)]))
+    return " ".join(typed)
+
+
 def with_flags(args, **change):
     return Namespace(**vars(args) | change)
 
@@ -1316,19 +1370,15 @@ def tabulate(args, ranks):
 
 def distil_folds(args, ranks):
     """The students that a command without --table asks for; of several folds each rank has some."""
-    default = vars(parse([]))
-
-    def given(flags):
-        return any(vars(args)[flag] != default[flag] for flag in flags.split())
-
     own = METHODS[args.method].flags.split()
-    if given(" ".join(flag for flag in METHODS["pkdot"].flags.split() if flag not in own)):
-        raise UserError("--k, --epsilon, --no-debias, --anchors, --shared-anchors and "
-                        f"--no-transport are pkdot's: leave them out with --method {args.method}")
-    if given("labelled folds classes seeds fresh print hallucinate role student"):
-        raise UserError("--labelled, --folds and --classes are a teacher's: give them to "
-                        "train_teacher.py; --seeds, --fresh, --print, --hallucinate and --role are "
-                        "for --table and --figure, --student is for --predict; leave them out")
+    pkdots = " ".join(flag for flag in METHODS["pkdot"].flags.split() if flag not in own)
+    for flags, why in {
+            pkdots: f"--method {args.method} does not read it",
+            "labelled folds classes": "a teacher's; give it to train_teacher.py",
+            "seeds fresh print hallucinate role": "for --table and --figure",
+            "student": "for --predict"}.items():
+        if others := given(args, flags):
+            raise UserError(f"{others}: {why}; leave it out")
     paths = chosen_teachers(args)
     together = args.finetune and len(paths) == 1  # one that all ranks train
     wait_for_all()
@@ -1345,8 +1395,12 @@ def keep_student(teacher, args, ranks):
     if needs_classes(args) and settings["task"] == "regression":
         raise UserError("--method kl and --kl compare class probabilities, and valence/arousal has "
                         "none; choose another method, similarity for one")
-    if args.root and not args.finetune:
+    # under --finetune the faces are read anyway
+    root = args.root or Path(settings["root"])
+    if not args.finetune and (args.root or root.exists()):
         expect_same_data(open_faces(settings, args), settings)
+    elif not args.finetune and ranks.rank == 0:
+        print(f"{root} is not there: the features that were extracted suffice")
     if ranks.rank == 0:
         start_log(run, settings)
         print(f"{teacher['path']}, test: visual only {show(found['visual'])}, "
