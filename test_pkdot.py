@@ -50,7 +50,16 @@ import sinkhorn
 import train_student
 import train_teacher
 from data import Features, UserError, fold_windows, open_dataset
-from pkdot import ccc, cosine_loss, kl_loss, mse_loss, pkdot_loss, rkd_loss, task_loss
+from pkdot import (
+    ccc,
+    cosine_loss,
+    kl_loss,
+    mse_loss,
+    pkdot_loss,
+    rkd_loss,
+    similarity_loss,
+    task_loss,
+)
 from sinkhorn import ot_cost, sinkhorn_divergence, transport_plan
 
 SCRIPTS = Path(data.__file__).parent
@@ -506,6 +515,9 @@ BAD = {  # its last flag, or what is given for it, is named
         "--k 129",
         "--method ridge",
         "--method cosine --k 5",
+        "--table 5 --classes 5",
+        "--table 2 --shared-anchors",
+        "--method none --labelled 60",
         "--lambda 0.1 1",
         "--epsilon 0",
         "--lr -1",
@@ -775,6 +787,7 @@ NAN = ROWS.index_fill(0, torch.tensor(1), math.nan)
     (pkdot_loss, (ROWS, ROWS, 2, 1, True, "far"), "'far'.*dissimilar.*similar.*random"),
     (pkdot_loss, (NAN, ROWS, 2), r"NaN.*\b2\b.*\b0\b"),
     (pkdot_loss, (ROWS, NAN, 2), r"NaN.*\b0\b.*\b2\b"),
+    (similarity_loss, (ROWS, ROWS, 3), r"k=3.*b=2"),
     (ccc, (ROWS[0], ROWS[0, :1]), r"\(2,\).*\(1,\)"),
     (ccc, (ROWS[0, :0], ROWS[0, :0]), r"\(0,\)")
 ])
@@ -783,7 +796,7 @@ def test_what_is_refused_is_named(loss, inputs, named):
         loss(*inputs)
 
 
-BASELINES = [cosine_loss, mse_loss, kl_loss, rkd_loss]
+BASELINES = [cosine_loss, mse_loss, kl_loss, rkd_loss, similarity_loss]
 
 
 @parametrize("loss", [pkdot_loss, *BASELINES])
@@ -801,6 +814,17 @@ def test_cosine_mse_and_kl_are_their_closed_forms():
     p, q = softmax(t / 4, 1), softmax(s / 4, 1)
     expected = 1 - cosine.mean(), ((s - t) ** 2).mean(), 4**2 * (p * np.log(p / q)).sum() / 6
     assert [loss(*z).item() for loss in BASELINES[:3]] == approx(expected)
+
+
+def test_similarity_is_the_cross_entropy_of_two_distributions_over_shared_anchors():
+    s, t = randn(6, 5), randn(6, 7, seed=1)
+    torch.manual_seed(3)
+    loss = similarity_loss(s, t, k=4)
+    torch.manual_seed(3)
+    anchors = torch.randperm(6)[:4]
+    S, T = (naive_similarity(z.numpy())[:, anchors] for z in (s, t))
+    expected = -(softmax(T / 0.05, 1) * np.log(softmax(S / 0.1, 1))).sum(1).mean()
+    assert loss.item() == approx(expected)
 
 
 def naive_relations(z):
@@ -1732,7 +1756,9 @@ W = {  # flags of a student: what lambda weighs
     "--method mse": mse_loss,
     "--method rkd": rkd_loss,
     "--method kl": kl_loss,
+    "--method similarity --k 168": partial(similarity_loss, k=168),  # all: the draw is no matter
     "--method none": lambda s, t: 0 * s.sum(),
+    "--kl 2": pkdot_loss,
     "--finetune --chunk 50": pkdot_loss}
 
 
@@ -1748,8 +1774,8 @@ def test_a_step_of_a_student_is_equation_9(flags, views, mine):
     s = its.student(Features(views).rows["visual"][index])
     t = its.head(*(its.features.rows[view][index] for view in VIEWS))
     loss_gt = F.cross_entropy(s.output, label)
-    w = W[flags](*(x.output if "kl" in flags else x.z for x in (s, t)))
-    (loss_gt + 3 * w).backward()
+    w = W[flags](*(x.output if "method kl" in flags else x.z for x in (s, t)))
+    (loss_gt + 3 * w + 2 * kl_loss(s.output, t.output) * ("--kl" in flags)).backward()
 
     assert [line["loss_gt"], line["w"]] == approx([loss_gt.item(), w.item()], rel=1e-4)
     trained = [its.student.head] + [its.student.backbone] * ("finetune" in flags)
@@ -1862,6 +1888,28 @@ def test_evaluation_and_prediction_need_no_privileged_file(dataset, faces, colum
     names = its.features.name[index[keep]]  # of BioVid <sample>/0
     assert all(name in f"{line[0]}/0" for name, line in zip(names, lines, strict=True))
 
+    # beside it lie the test part's, with group and label, from training
+    lines = [line.split(",") for line in (run / "student-pkdot.csv").read_text().split()[1:]]
+    index, keep, _ = its.fold.test
+    rows = index[keep]
+    known = [its.features.group[rows], *its.features.label[rows].reshape(len(rows), -1).T]
+    assert [*zip(*known, strict=True)] == [
+        (type(known[0][0])(line[1]), *map(float, line[2:2 + len(known) - 1])) for line in lines]
+    expected = its.student.fuse(its.features.rows["visual"][index]).output
+    expected = expected[keep] if dataset == "affwild2" else expected.softmax(1)
+    assert np.abs(np.float64([line[1 + len(known):] for line in lines])
+                  - expected.numpy()).max() < 1e-4
+
+
+def test_a_saved_student_loads_for_code_of_ones_own(views, views_run):
+    student = train_student.load_student(views_run / "student-pkdot.pt")
+    output = student(torch.from_numpy(np.load(views)["visual"])).output
+    lines = [line.split(",") for line in (views_run / "student-pkdot.csv").read_text().split()[1:]]
+    expected = [float(line[3 + label]) for line in lines for label in range(4)]
+    rows = [int(line[0]) for line in lines]
+    assert output.softmax(1)[rows].flatten().tolist() == approx(expected, abs=1e-4)
+    assert student.settings["visual_dim"] == 12
+
 
 def test_a_student_is_evaluated_on_its_own_test_samples_alone(at_home, tmp_path):
     """Whatever their order, whoever else is in the file, and without its privileged view."""
@@ -1875,6 +1923,8 @@ def test_a_student_is_evaluated_on_its_own_test_samples_alone(at_home, tmp_path)
 
     write_file(default_rng(0).permutation(480))
     assert shown(distil(line)) == recorded(RUN)
+    assert "other visual rows" in run(train_student, line).err  # twice as many
+    assert not run(train_student, f"--evaluate {RUN}/student-pkdot.pt").err
     write_file(np.arange(240), 3 - whole["label"])
     refused(train_student, line, path)
 
@@ -1884,6 +1934,15 @@ FILES = ["visual", "privileged", "teacher", "student-pkdot"]
 
 def same(a, b):
     return [name for name in FILES if equal(saved(a, name), saved(b, name))]
+
+
+def test_a_frozen_student_needs_its_data_unchanged_or_its_features_alone(views):
+    shutil.copy(views, "mine.npz")
+    train_on("mine.npz", OUT)
+    np.savez("mine.npz", **np.load(views) | {"visual": np.load(views)["visual"] + 1})
+    refused(train_student, f"{STUDENT} out", "mine.npz")
+    os.remove("mine.npz")
+    assert "mine.npz is not there" in distil(f"{STUDENT} out")
 
 
 def test_same_seed_twice_gives_identical_numbers(views, views_run):
@@ -2093,6 +2152,9 @@ def test_seeds_are_what_varies_with_a_single_fold_and_a_bound_pairs_with_each():
            "| PKDOT | 78.76 | not run | 0.43 | not run | 0.56 | not run |",
            "| PKDOT, shared anchors | - | not run | - | not run | - | not run |",
            "| RKD [31] | - | not run | - | not run | - | not run |",
+           "| Similarity distributions | - | not run | - | not run | - | not run |",
+           "| PKDOT + 0.4 KL | - | not run | - | n/a | - | n/a |",
+           "| PKDOT, the last epoch | - | not run | - | not run | - | not run |",
            "| none (lambda 0) | - | not run | - | not run | - | not run |",
            "| Visual only (lower bound) | - | not run | - | not run | - | not run |",
            "| Multimodal (upper bound) | - | not run | - | not run | - | not run |"]),
@@ -2143,6 +2205,10 @@ CHANGES = {
     "anchors: random": {"anchors": "random"},
     "no transport: row i with row i": {"transport": False},
     "not debiased (Eq. 5)": {"debias": False},
+    **dict.fromkeys(["Similarity distributions", "similarity distributions"],
+                    {"method": "similarity"}),
+    "PKDOT + 0.4 KL": {"kl": 0.4},
+    "PKDOT, the last epoch": {"select": "last"},
     "T-Net's output zero": {"hallucinate": "zero"},
     "true privileged features (no student)": {"hallucinate": "oracle"},
     "backbone frozen": {},
@@ -2155,19 +2221,20 @@ CHANGES = {
     **{f"lambda {x:g}": {"lambda": x} for x in (0.1, 1.0, 4.0, 10.0)},
     **{f"epsilon {x:g}": {"epsilon": x} for x in (0.001, 0.01, 0.1, 1.0, 10.0)},
     **{f"batch size {x}": {"batch_size": x} for x in (32, 64, 128, 256)},
-    **{f"labels {x}": {"labelled": x} for x in (20, 60, 200, 600)},
+    **{f"labels {x}": {"labelled": x} for x in (35, 70, 210)},
     # a figure's columns
     "views accuracy": {},
     "none, views accuracy": NONE,
-    "cosine, views accuracy": {"method": "cosine"},
     "KL, views accuracy": {"method": "kl"},
     "PKDOT, views accuracy": {},
     "PKDOT shared, views accuracy": {"shared": True},
+    "row by row, views accuracy": {"shared": True, "anchors": "random", "transport": False},
+    "similarity, views accuracy": {"method": "similarity", "lambda": 1.0},
     **{f"k = {x}, views accuracy": {"k": x} for x in (5, 15, 30)}}
 PAPERS = {"method": "pkdot", "lambda": 0.4, "k": 30, "epsilon": 0.1, "debias": True,
            "anchors": "dissimilar", "shared": False, "transport": True, "hallucinate": "tnet",
            "batch_size": 128, "finetune": False, "select": "val", "fold": 1, "seed": 0,
-           "folds": "subjects", "labelled": None}
+           "kl": 0.0, "folds": "subjects", "labelled": None}
 REFERENCE = {  # what a figure's differences are to: row (None: the same) and column
     "--figure 6": ("batch size 128", "k = 30, views accuracy"),
     "--figure 7": ("epsilon 0.1", "views accuracy"),
@@ -2197,14 +2264,14 @@ def points(name):
 
 
 @parametrize("line, count", [
-    ("--table 2", 7),
+    ("--table 2", 10),
     ("--table 3", 2),
     ("--table 4", 2),
     ("--table 5", 2),
-    ("--table choices", 20),
+    ("--table choices", 22),
     ("--figure 6", 4 * 3),
     ("--figure 7", 5),
-    ("--figure labels", 3 * 5)])  # there are no 200
+    ("--figure labels", 3 * 6)])  # there are no 210
 def test_cells_and_differences_are_of_the_rows_own_runs(line, count, invented):
     text = invented(f"{line} --seeds 2", made_up).splitlines()
     columns, *rows = [row.strip("| ").split(" | ") for row in text if row.startswith("| ")]
@@ -2230,6 +2297,16 @@ def test_cells_and_differences_are_of_the_rows_own_runs(line, count, invented):
     assert len(numbers) == count
     if "--figure" in line:
         assert_allclose(points(line[9:]), numbers, atol=1e-9)
+
+
+def test_a_table_prints_again_from_its_results_alone(invented):
+    line = "--table 2 --lambda 1 2 --k 9"
+    lines = invented(line, made_up).splitlines()
+    shutil.rmtree("out/features")
+    os.remove("views.npz")
+    again = distil(f"{line} --dataset features --root views.npz --fold 1 2 --epochs 1 --print "
+                   f"{CPU} out").splitlines()
+    assert again[1:-1] == lines[1:-1] and len(lines) > 20
 
 
 def test_the_oracle_sees_the_true_privileged_features(invented):
@@ -2280,8 +2357,8 @@ def test_runs_of_other_code_are_told_and_a_docstring_is_no_code(invented, monkey
 
 def test_a_table_takes_the_teachers_that_are_there_whatever_their_clips(odd, stand_in, slight):
     shutil.copytree(odd[0].parent, OUT)
-    text = distil(f"--table 5 --dataset biovid_b --root {stand_in} --classes 5 --fold 2 --epochs 1 "
-                  f"{CPU} out")
+    text = distil(f"--table choices --dataset biovid_b --root {stand_in} --classes 5 --fold 2 "
+                  f"--epochs 1 {CPU} out")
     assert "length 2" in text and "fusion jca" in text
 
 
