@@ -32,6 +32,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import warnings
 import zlib
 from contextlib import contextmanager
@@ -162,8 +163,8 @@ def fold_windows(source, fold, dense=False, folds="subjects", labelled=None):
         whole = label_windows(source, label, dense and name == "train")
         samples.append(whole.take(part[whole.index[:, 0]] == name))
         if not samples[-1].labelled.any():
-            raise UserError(f"{source.path}: no sample with a label in the {name} part of this "
-                            "fold; give labels, or take another fold")
+            raise UserError(f"{source.path}: no sample with a label in the {name} part of fold "
+                            f"{fold}; give labels, or take another fold")
     for number in range(source.outputs) if source.task == "classification" else ():
         if number not in samples[0].label:
             raise UserError(f"{source.path}: no training sample of class {number} of 0 to "
@@ -181,7 +182,7 @@ def few_labels(source, train, number, fold):
     level = samples.label[order].numpy() if samples.label.ndim == 1 else 0 * order
     levels = np.unique(level)
     if not len(levels) <= number <= len(order):
-        raise UserError(f"{source.path}: cannot keep {number} training labels; this fold takes "
+        raise UserError(f"{source.path}: cannot keep {number} training labels; fold {fold} takes "
                         f"from {len(levels)} (one a class) to {len(order)} (all there are)")
 
     # each class is spread evenly over a line from 0 to 1, its first sample at 0
@@ -896,6 +897,17 @@ def replacing(path):
                         "space or give another place") from None
     finally:
         clear()
+
+
+def writable(folder):
+    """Makes a folder for results; UserError unless a file can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another "
+                        "--out") from None
 
 
 def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileged=True,
