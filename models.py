@@ -164,12 +164,12 @@ def load_weights(backbone, state):
     # Beside settings and an optimizer's state, the state dict is the dict with the most entries
     found = [state, *state.values()] if isinstance(state, dict) else []
     state = max((d for d in found if isinstance(d, dict)), key=len, default={})
-    state = {re.sub(r"^((module|model|backbone|encoder)\.)+", "", key): value
+    state = {re.sub(r"^((module|model|backbone|encoder)\.)+", "", str(key)): value
              for key, value in state.items() if torch.is_tensor(value)}
     kind = type(backbone).__name__
     for key, value in state.items():
-        if not value.isfinite().all():
-            raise ValueError(f"{key} holds NaN or infinity")
+        if value.layout != torch.strided or not value.isfinite().all():
+            raise ValueError(f"{key} is sparse, or holds NaN or infinity")
 
     try:
         missing, left_out = backbone.load_state_dict(state, strict=False)
@@ -179,7 +179,8 @@ def load_weights(backbone, state):
     unexplained = [key for key in missing if not key.startswith("projection.")]
     if unexplained:
         raise ValueError(f"lacks {len(unexplained)} of {kind}'s tensors, {unexplained[0]} for one; "
-                         f"it holds {', '.join([*state][:4]) or 'no tensor'} ...")
+                         f"it holds {', '.join([*state][:4]) or 'no tensor'} ...; what fits is "
+                         "saved by torch.save(model.state_dict(), FILE)")
     return sorted(left_out), sorted(missing)
 
 
