@@ -41,7 +41,6 @@ from scipy.signal import stft
 from scipy.special import logsumexp, softmax
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
-from torchvision.models.video import R3D_18_Weights
 
 import data
 import models
@@ -493,7 +492,8 @@ def test_scores_are_those_of_the_saved_networks(dataset, run, at_home, slight):
                 for role, x in output.items()}
 
     mse = [line["tnet_val_mse"] for line in logged(run, "fusion")]
-    assert min(mse) < mse[0]
+    v, p = (its.features.rows[view][its.fold.val.index] for view in VIEWS)
+    assert min(mse) < mse[0] and F.mse_loss(its.student.tnet(v), p).item() == approx(min(mse))
 
     val, test = score(its.fold.val), score(its.fold.test)
     for role in test:
@@ -544,7 +544,9 @@ BAD = {  # its last flag, or what is given for it, is named
         f"{FEATURES} --classes 2",
         f"{FEATURES} --amp",
         f"{FEATURES} --device cuda:99",
-        f"{FEATURES} --out data/views.npz"]}
+        f"{FEATURES} --out data/views.npz",
+        "--root none --out data/views.npz/deeper",
+        *(f"--dataset affwild2 --clips 1 --image-size 32 --batch-size {n}" for n in (1, 11))]}
 
 
 @parametrize("script, line", [(s, line) for s in BAD for line in BAD[s]])
@@ -1190,6 +1192,9 @@ def test_task_losses_and_scores_are_over_labels_and_all_else_over_pairs(
     its = opened(run, "student-kl")
     s, t = its.student(torch.from_numpy(pairs["visual"])), its.head(*rows)
     line, = logged(run, "student")
+    hidden = {"device": "cpu, threads 1", "processes": 1, "unlabelled": (train & ~known).sum()}
+    for told in results(OUT, "visual") + results(OUT) + logged(run, None):
+        assert told.items() >= hidden.items() and "batch_size" in told
     agrees(s.output, line, "student", "loss_gt")
     W = kl_loss(s.output[train], t.output[train])
     assert line["w"] == approx(W.item(), 1e-4)
@@ -1844,14 +1849,32 @@ def test_an_evaluation_repeats_the_score_whatever_the_clips(odd, slight):
     refused(train_student, f"{line} --face-start 9", "faces")  # where no image lies
 
 
-@parametrize("flag", ["--pretrained", "--visual-weights weights.pt"])
+CACHED = Path("hub/checkpoints/r3d_18-b3b3357e.pth")  # where torch puts what it downloads
+
+
+@parametrize("flag", ["--pretrained", f"--visual-weights {CACHED}"])
 def test_training_begins_with_public_weights(flag, home, slight, monkeypatch):
     public = models.R3D18().state_dict()
-    torch.save({"state_dict": public}, "weights.pt")
-    monkeypatch.setattr(R3D_18_Weights, "get_state_dict", lambda *_, **__: public)
+    torch.save({"state_dict": public}, made(CACHED))
+    monkeypatch.setenv("TORCH_HOME", ".")
     ok(train_teacher, f"{flag} --root {home}/data/biovid_b --lr 0 --backbone-epochs 1 --workers 0")
     begun = saved(RUNS["biovid_b"], "visual")["model"]
     assert all(torch.equal(begun[f"backbone.{key}"], x) for key, x in public.items())
+
+
+@parametrize("content, word", [
+    ("<html>", "delete"),
+    (torch.nn.Linear(2, 2), "state_dict()"),
+    ({0: torch.ones(2)}, "state_dict()"),
+    ([torch.ones(2)], "state_dict()"),
+    ({"layer.bias": torch.ones(2).to_sparse()}, "layer.bias")])
+def test_what_is_no_state_dict_is_one_line(content, word, home, slight, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", ".")
+    torch.save(content, made(CACHED))
+    if word == "delete":  # a login page, saved under the weights' name
+        write(CACHED, content)
+    code, _, err = run(train_teacher, f"--pretrained --root {home}/data/biovid_b {NEW}")
+    assert code == 2 and err.count("\n") == 1 and str(CACHED) in err and word in err
 
 
 def test_a_student_follows_the_newest_teacher_or_the_one_named(home, slight):
@@ -1927,6 +1950,18 @@ def test_a_student_is_evaluated_on_its_own_test_samples_alone(at_home, tmp_path)
     assert not run(train_student, f"--evaluate {RUN}/student-pkdot.pt").err
     write_file(np.arange(240), 3 - whole["label"])
     refused(train_student, line, path)
+
+
+def test_all_folds_are_looked_at_before_the_first_is_trained():
+    """Class 3 is of one group alone, which two folds hold back from training."""
+    group = np.arange(60) // 4
+    np.savez("few", **arrays(60, label=np.where(group == 9, 3, np.arange(60) % 3), group=group))
+    source = Features("few.npz")
+    lack = [fold for fold in range(1, 6)
+            if "train" not in data.parts(source, fold)[source.group == 9]]
+    assert len(lack) == 2
+    refused(train_teacher, f"{TEACHER} few.npz --fold all {CPU} out",
+            *(f"class 3 of 0 to 3 in fold {fold}" for fold in lack))
 
 
 FILES = ["visual", "privileged", "teacher", "student-pkdot"]
@@ -2570,6 +2605,8 @@ def test_what_ranks_say_is_said_once(ranks):
     first, second = ([(two / f"{number}-{rank}").read_text() for number in range(len(PLAN))]
                      for rank in (0, 1))
     assert first[2:4] == said[2:4]
+    assert [text.splitlines()[-1] for text in first[6:8]] == [
+        text.splitlines()[-1] for text in said[6:8]]  # means over folds
     assert list(map(bool, second)) == 6 * [False] + 3 * [True] + [False]
 
 
@@ -2595,6 +2632,20 @@ def test_killed_while_it_saves_and_resumed_equals_uninterrupted(views, views_run
             process.join()
         ok(script, line)
     assert same(OUT / RUN.relative_to("runs"), views_run) == FILES
+
+
+def test_trainings_at_once_share_the_backbones_and_the_second_takes_the_firsts_result(
+        views, views_run):
+    fork = multiprocessing.get_context("fork")
+    lines = [f"{TEACHER} {views} --fusion {head} {CPU} out" for head in [*models.HEADS, "concat"]]
+    processes = [fork.Process(target=ok, args=(train_teacher, line)) for line in lines]
+    for do in (fork.Process.start, fork.Process.join):
+        [*map(do, processes)]
+    assert {process.exitcode for process in processes} == {0}
+    folder = OUT / RUN.relative_to("runs")
+    assert [line["epoch"] for line in logged(folder, "visual")] == [1, 2, 3]
+    assert equal(saved(folder, "teacher"), saved(views_run, "teacher"))
+    assert len(results(OUT, "multimodal")) == 3
 
 
 def append(who):

@@ -49,6 +49,7 @@ from pkdot import (
 from train_teacher import (
     ALONE,
     add_common_flags,
+    answer,
     answers,
     append_line,
     at_least,
@@ -80,6 +81,8 @@ from train_teacher import (
     measure,
     of_fold,
     open_features,
+    print_mean,
+    ran_on,
     result_line,
     run_folder,
     save,
@@ -144,6 +147,9 @@ def distil(teacher, features, fold, args, ranks, run=None):
     if run and ranks.rank == 0 and b < args.batch_size:
         print(f"warning: only {samples} training samples; batches are of {b} and k is {args.k}",
               file=sys.stderr)
+    ran = ran_on(args, ranks, fold)
+    if run and ranks.rank == 0:
+        start_log(run, settings, **ran, batch_size=b)
 
     # the student, and what it sees
     seed_all(args.seed, 3)
@@ -237,7 +243,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
         with data.replacing(finished.with_suffix(".csv")) as part, open(part, "w") as file:
             write_predictions(file, settings, features, index, keep, output, known=True)
     record = result_line(
-        settings, "student", found, time.time() - begin, b=b, k_used=args.k, code=code(),
+        settings, "student", found, time.time() - begin, **ran, b=b, k_used=args.k, code=code(),
         epoch=best["epoch"] + 1, validation=validation, **choice)
     return record, student
 
@@ -883,8 +889,7 @@ def teacher_settings(args):
                     + ", ".join(f"{key} {value}" for key, value in changed.items())]
         break
     wanted = {}
-    for fold in folds_of(source, args.fold):
-        one = of_fold(settings, source, fold)
+    for one in folds_of(source, settings, args.fold):
         wanted[run_folder(one, args.out) / "teacher.pt"] = one
     return source, wanted, note
 
@@ -1382,12 +1387,20 @@ def distil_folds(args, ranks):
     paths = chosen_teachers(args)
     together = args.finetune and len(paths) == 1  # one that all ranks train
     wait_for_all()
+    found = {}
+    settings = None  # of a rank that only waits
     for path in paths if together else trainings_of(paths, "students", ranks):
-        keep_student(open_teacher(path), args, ranks if together else ALONE)
+        teacher = open_teacher(path)
+        settings = teacher["settings"]
+        one = keep_student(teacher, args, ranks if together else ALONE)
+        if one:
+            found[settings["fold"]] = one
+    print_mean(found, settings, ranks)
 
 
 def keep_student(teacher, args, ranks):
-    """Trains a student and saves it, unless --resume finds it finished; prints its scores."""
+    """Trains a student and saves it, unless --resume finds it finished; prints its scores between
+    its teacher's, and returns them, or None in the ranks that only helped."""
     settings = teacher["settings"]
     found = teacher["metrics"]
     run = run_folder(settings, args.out)  # also of a teacher that lies elsewhere
@@ -1402,7 +1415,6 @@ def keep_student(teacher, args, ranks):
     elif not args.finetune and ranks.rank == 0:
         print(f"{root} is not there: the features that were extracted suffice")
     if ranks.rank == 0:
-        start_log(run, settings)
         print(f"{teacher['path']}, test: visual only {show(found['visual'])}, "
               f"teacher {show(found['multimodal'])}")
 
@@ -1423,10 +1435,10 @@ def keep_student(teacher, args, ranks):
         save(finished, state | {"record": record})
         finished.with_suffix(".progress").unlink(missing_ok=True)
         append_line(args.out / "results.jsonl", record)
-    print(f"{heading(settings)}, n = {record['n_test']}: "
-          f"visual only (lower bound) {show(found['visual'])} | "
-          f"student, {args.method} {show(record)} | "
-          f"multimodal (upper bound) {show(found['multimodal'])}")
+    found = {"visual": found["visual"], f"student, {args.method}": record,
+             "multimodal": found["multimodal"]}
+    print(f"{heading(settings)}, n = {record['n_test']}: {answer(found)}")
+    return found
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 import warnings
 import zipfile
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import zip_longest
@@ -38,6 +40,11 @@ import data
 import models
 from data import DATASETS, Parser, UserError, fold_windows
 from pkdot import metrics, task_loss
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 SAVE_EVERY = 30  # seconds between two files to resume from: an epoch on features is shorter
 
@@ -149,6 +156,29 @@ def trainings_of(jobs, what, ranks):
     return mine
 
 
+@contextmanager
+def one_at_a_time(folder, ranks):
+    """In this block no other command works in a folder. Yields whether another one did until now:
+    of two that train the same thing, the second uses what the first has finished.
+
+    The lock, a file beside the folder, ends with its process, however that ends. Where a file
+    system knows no locks, nobody waits.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    waited = False
+    with open(folder.with_name(f".{folder.name}.lock"), "a") as file:
+        try:
+            if ranks.rank == 0:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: another process trains here; this one waits for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            waited = True
+        except (OSError, AttributeError):
+            pass
+        yield from_all(waited, ranks)[0]  # the other ranks wait here for the first
+
+
 def share(batch, ranks):
     """This rank's part of a batch of numbers, as long as every other rank's: the last ranks repeat
     the batch's first."""
@@ -209,17 +239,24 @@ def save(path, state):
 def read_checkpoint(path):
     """What torch.save wrote, on the CPU; code in the file is not run."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; give another, or train it first")
+        beside = " (beside teacher.pt belong stage 1's visual.pt and features.npz)"
+        raise UserError(f"{path}: no such file; give another, or train it first"
+                        + beside * (Path(path).name == "visual.pt"))
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's, about files not its own
             # torch does not compare the checksums that a zip file has
             if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
                 raise zipfile.BadZipFile
             return torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, PermissionError):
+        raise
     except Exception as error:  # damaged bytes raise all kinds
-        raise UserError(f"{path}: not a checkpoint or state dict that can be loaded safely "
-                        f"({type(error).__name__}); give another file, or delete it and train it "
-                        "again") from None
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise UserError(f"{path}: holds {code[1]}, which is code and not loaded; save tensors "
+                            "alone: torch.save(model.state_dict(), FILE)") from None
+        raise UserError(f"{path}: damaged, or no checkpoint ({type(error).__name__}); delete it "
+                        "and train or download it again, or give another file") from None
 
 
 def load(path, kind, wanted=None):
@@ -263,9 +300,18 @@ def append_line(path, record):
         file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
 
 
-def start_log(run, settings):
-    """The first line of a command's log: the command, and what it ran with."""
-    append_line(run / "log.jsonl", {
+def ran_on(args, ranks, fold):
+    """What a training ran on, beside its settings: for the screen, its log and results.jsonl."""
+    cuda = args.device.type == "cuda"
+    of = torch.cuda.get_device_name(args.device) if cuda else f"threads {torch.get_num_threads()}"
+    return dict(device=f"{args.device}, {of}", processes=ranks.world,
+                unlabelled=int((~fold.train.labelled).sum()))
+
+
+def start_log(run, settings, **ran):
+    """The first line of a command's log: the command, and what it ran with, which is shown."""
+    print(f"{run}:", ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in ran.items()))
+    append_line(run / "log.jsonl", ran | {
         "command": " ".join(sys.argv), "synthetic": settings["synthetic"],
         "python": sys.version.split()[0], "torch": torch.__version__,
         "torchvision": torchvision.__version__, "numpy": np.__version__,
@@ -346,10 +392,35 @@ def heading(settings):
     return f"{mark}{settings['dataset']} fold {settings['fold']}{leak}, test"
 
 
-def show(found):
-    if "accuracy" in found:
-        return f"accuracy {found['accuracy']:.2f} %"
-    return f"CCC valence {found['valence']:.3f}, arousal {found['arousal']:.3f}"
+def show(*found):
+    """One fold's metrics, or the mean and standard deviation of several folds'."""
+    def score(name, digits):
+        values = [one[name] for one in found]
+        sd = f" ± {np.std(values, ddof=1):.{digits}f}" if len(found) > 1 else ""
+        return f"{name} {np.mean(values):.{digits}f}{sd}"
+
+    if "accuracy" in found[0]:
+        return score("accuracy", 2) + " %"
+    return f"CCC {score('valence', 3)}, {score('arousal', 3)}"
+
+
+BOUNDS = {"visual": "visual only (lower bound)", "privileged": "privileged only",
+          "multimodal": "multimodal (upper bound)"}
+
+
+def answer(*found):
+    """The scores side by side; found: {what is scored: metrics} of a fold, or each of several."""
+    return " | ".join(f"{BOUNDS.get(what, what)} {show(*(one[what] for one in found))}"
+                      for what in found[0])
+
+
+def print_mean(found, settings, ranks):
+    """The last line of a command for several folds; found: {fold: what `answer` shows}, of those
+    that this rank had."""
+    folds = {fold: one for part in from_all(found, ranks) for fold, one in part.items()}
+    if len(folds) > 1 and first_of_all():
+        where = heading(settings | {"fold": ", ".join(map(str, sorted(folds)))})
+        print(f"{where}, mean ± sd over folds: {answer(*folds.values())}")
 
 
 def snapshot(module):
@@ -487,7 +558,10 @@ def stage_1(settings):
 
 
 def stage_1_folder(run, settings):
-    """Where the backbones and features of a teacher's run folder lie."""
+    """Where the backbones and features of a teacher's run folder lie: beside it, if they were
+    copied there."""
+    if (run / "visual.pt").exists():
+        return run
     return run.parent.parent / variant(stage_1(settings)) / run.name
 
 
@@ -506,6 +580,22 @@ def of_fold(settings, source, fold):
     if settings["fusion_lr"] is None:
         settings["fusion_lr"] = 1e-3 if settings["few_labels"] else 1e-4
     return settings
+
+
+def expect_batch_norm(source, settings):
+    """Raises UserError if stage 1's last batch, the smallest, leaves batch norm one value a
+    channel: as one clip of 8 images does in I3D at 32 pixels."""
+    size = settings["batch_size"]
+    train = fold_of(source, settings).train
+    least = (int(train.labelled.sum()) - 1) % size + 1
+    shape = source.visual(int(train.index[0, 0])).shape
+    try:
+        with torch.device("meta"):  # shapes alone: costs nothing
+            clips = torch.empty(least * settings["length"], *shape)
+            make_backbone("visual", settings).features(clips)
+    except ValueError:
+        raise UserError(f"--batch-size {size}: in fold {settings['fold']} the last batch is too "
+                        f"small for batch norm at this --image-size; change one of them") from None
 
 
 def make_backbone(modality, settings):
@@ -540,7 +630,10 @@ def train_backbone(modality, source, fold, settings, folder, args, ranks):
             print(f"{path} is finished; delete it to train it again")
         return model.to(args.device)
 
+    # this stage alone learns from labels only: there is nothing else that it could predict
     train = fold.train.take(fold.train.labelled)
+
+    # begin from public weights, if given, and with the statistics of all training samples
     if modality == "visual" and settings["weights"]:
         told = load_public_weights(backbone, settings["weights"])
         if ranks.rank == 0:
@@ -549,6 +642,8 @@ def train_backbone(modality, source, fold, settings, folder, args, ranks):
         index = fold.train.index
         every = clip_loader(source, modality, index, torch.arange(len(index)).split(64), args)
         backbone.standardise(*mean_and_std(every))
+
+    # Adam (section IV-B), from the beginning or from where an interrupted run stopped
     model.to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings["lr"], fused=True)
     first, best = start_or_resume(model, optimizer, progress, settings, args.resume)
@@ -556,6 +651,8 @@ def train_backbone(modality, source, fold, settings, folder, args, ranks):
     checkpoint = dict(kind=modality, settings=settings)
     for epoch in range(first, settings["backbone_epochs"]):
         start = time.time()
+
+        # a new order, in which every sample counts once: a last, smaller batch is not dropped
         seed_all(settings["seed"], stage, epoch + 1)
         batches = torch.randperm(len(train.index)).split(settings["batch_size"])
         shares = [share(batch, ranks) for batch in batches]
@@ -565,16 +662,22 @@ def train_backbone(modality, source, fold, settings, folder, args, ranks):
         model.train()
         losses = []
         for batch, x in zip(batches, bar(clips, f"{modality} {epoch + 1}"), strict=True):
+            # forward: this rank's share of the batch
             x = x.to(args.device, non_blocking=True)
             with autocast(args, settings["amp"]):
                 output = over_ranks(x)
+
+            # the loss of the whole batch, in float32: CCC couples its samples
             output = gather(output.float(), len(batch), ranks)
             loss = task_loss(output, train.label[batch].to(args.device))  # Eq. 7 or 8
 
+            # step; the loss stays on the device, or the host would wait for it each time
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach()[None])
+
+        # a loss that is not finite ends the run; what was best before it is kept
         means, fault = step_means(losses, ["L_gt"], epoch)
         if fault:
             diverged(fault, "lower --lr", path, best and (checkpoint | best), ranks)
@@ -596,6 +699,7 @@ def train_backbone(modality, source, fold, settings, folder, args, ranks):
               f"{seconds:.1f} s")
         keep_progress(progress, settings, epoch, model, optimizer, best)
 
+    # what goes on is the best epoch, not the last
     if ranks.rank == 0:
         save(path, checkpoint | best)
         progress.unlink(missing_ok=True)
@@ -606,17 +710,19 @@ def train_backbone(modality, source, fold, settings, folder, args, ranks):
 def load_public_weights(backbone, weights):
     """Weights from another training, for the visual backbone: a file, or "pretrained" for
     torchvision's R3D-18. Returns what to say about them."""
-    if weights != "pretrained":
-        state = read_checkpoint(weights)
-    elif not isinstance(backbone, models.R3D18):
-        raise UserError("--pretrained is for r3d18 alone; give i3d a file with --visual-weights")
-    else:
+    if weights == "pretrained":
+        if not isinstance(backbone, models.R3D18):
+            raise UserError("--pretrained is for r3d18 alone; give i3d a file with "
+                            "--visual-weights")
+        public = torchvision.models.video.R3D_18_Weights.KINETICS400_V1
+        weights = Path(torch.hub.get_dir(), "checkpoints", Path(public.url).name)
         try:
-            weights = torchvision.models.video.R3D_18_Weights.KINETICS400_V1
-            state = weights.get_state_dict()
-        except OSError as error:
+            if not weights.exists():
+                public.get_state_dict(check_hash=True)  # a login page is no weights
+        except (OSError, RuntimeError) as error:
             raise UserError(f"--pretrained: the download failed ({error}); "
                             "give a file with --visual-weights") from None
+    state = read_checkpoint(weights)
     try:
         left_out, missing = models.load_weights(backbone, state)
     except ValueError as error:
@@ -683,6 +789,7 @@ def train_fusion(features, fold, settings, run, args):
 
     start = time.time()
     for epoch in bar(range(first, settings["fusion_epochs"]), "fusion"):
+        # a new order of all pairs, labelled or not
         seed_all(settings["seed"], 2, epoch + 1)
         order = torch.randperm(len(index)).to(args.device)
 
@@ -691,9 +798,12 @@ def train_fusion(features, fold, settings, run, args):
         terms = []
         for batch in order.split(settings["fusion_batch_size"]):
             v, p = visual[index[batch]], privileged[index[batch]]  # (B, L, 512)
+
+            # the head sees both modalities; the T-Net guesses one from the other, label or not
             loss_gt = task_loss(model["head"](v, p).output, label[batch])  # Eq. 7 or 8
             loss_tnet = nn.functional.mse_loss(model["tnet"](v), p)
             loss = loss_gt + loss_tnet
+
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -715,6 +825,7 @@ def train_fusion(features, fold, settings, run, args):
                                             tnet_loss=means[1], tnet_val_mse=mse, **found))
         keep_progress(progress, progress_of, epoch, model, optimizer, best)
 
+    # the T-Net's error says little without the variance of what it guesses
     variance = privileged[fold.val.index].var(dim=(0, 1), correction=0).mean().item()
     print(f"fusion {settings['fusion_epochs']} epochs in {time.time() - start:.1f} s; best of "
           f"epoch {best['head']['epoch'] + 1}; T-Net's of epoch {best['tnet']['epoch'] + 1}, "
@@ -746,26 +857,34 @@ def open_features(folder, settings, device):
 def train_teacher(settings, source, args, ranks):
     """Stages 1 and 2 of one fold; writes the run folder and three result lines, returns the metrics
     by role, or None in the ranks that only helped with stage 1."""
-    start = time.time()
     run = run_folder(settings, args.out)
+    with one_at_a_time(stage_1_folder(run, settings), ranks) as waited:
+        return train_stages(settings, source, run, args.resume or waited, args, ranks)
+
+
+def train_stages(settings, source, run, resume, args, ranks):
+    """`train_teacher`, with its folders to itself; with resume, a teacher that is there stays."""
+    start = time.time()
     folder = stage_1_folder(run, settings)
     path = run / "teacher.pt"
     old = path.exists() and load(path, "teacher", settings)
     fold = fold_of(source, settings)
+    ran = ran_on(args, ranks, fold)
     if ranks.rank == 0:
-        start_log(run, settings)
         print(f"{run}: {source.describe()}; samples train {len(fold.train.index)}, "
-              f"val {len(fold.val.index)}, test {len(fold.test.index)}; "
-              f"{int(fold.train.labelled.sum())} training samples have a label")
+              f"val {len(fold.val.index)}, test {len(fold.test.index)}")
+        start_log(run, settings, **ran, batch_size=settings["batch_size"],
+                  fusion_batch_size=settings["fusion_batch_size"])
 
     # stage 1, or what is there of it
     single = {modality: train_backbone(modality, source, fold, settings, folder, args, ranks)
               for modality in ("visual", "privileged")}
     backbones = [fingerprint(snapshot(model.eval().backbone)) for model in single.values()]
-    if args.resume and old and old["backbones"] == backbones:
-        if ranks.rank == 0:
-            print(f"{path} is finished")
-        return old["metrics"] if ranks.rank == 0 else None
+    if resume and old and old["backbones"] == backbones:
+        if ranks.rank > 0:
+            return None
+        print(f"{path} is finished")
+        return old["metrics"]
 
     # stage 2; on features a single process is fast enough
     features = folder / "features.npz"
@@ -795,7 +914,7 @@ def train_teacher(settings, source, args, ranks):
     (run / "fusion.progress").unlink(missing_ok=True)
     for role, values in found.items():
         append_line(args.out / "results.jsonl",
-                    result_line(settings, role, values, time.time() - start,
+                    result_line(settings, role, values, time.time() - start, **ran,
                                 teacher=made_of(state)))
     return found
 
@@ -847,34 +966,43 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-def folds_of(source, wanted):
-    """Those of the data set's folds that --fold names: of 1 to 5, or of fold 1 alone where the data
-    set has a split of its own."""
+def folds_of(source, settings, wanted):
+    """The settings of the teachers of those folds that --fold names: of 1 to 5, or of fold 1 alone
+    where the data set has a split of its own. Raises UserError with all that is wrong in any."""
     folds = range(1, 6) if source.split is None else [1]
     folds = [fold for fold in folds if {"all", str(fold)} & {*wanted}]
     if not folds:
         raise UserError(f"--fold {' '.join(wanted)}: {source.path} has its own split into training "
                         "and test; there is only fold 1")
-    return folds
+
+    teachers = []
+    faults = []
+    for fold in folds:
+        with data.noting(faults):
+            teachers.append(of_fold(settings, source, fold))
+            expect_batch_norm(source, teachers[-1])
+    if faults:
+        raise UserError("; ".join(dict.fromkeys(faults)))
+    return teachers
 
 
 def main():
     args = parse()
     ranks = join_ranks(args)
+    data.writable(args.out)
     settings, source = make_settings(**vars(args))
-    folds = folds_of(source, [args.fold])
+    folds = folds_of(source, settings, [args.fold])
 
     # several folds are dealt out to the ranks, one is trained by all of them together
     together = len(folds) == 1
     wait_for_all()  # until all have looked what is there
-    for fold in folds if together else trainings_of(folds, "folds", ranks):
-        settings = of_fold(settings, source, fold)
-        found = train_teacher(settings, source, args, ranks if together else ALONE)
-        if found:
-            print(f"{heading(settings)}, n = {found['multimodal']['n']}: "
-                  f"visual only (lower bound) {show(found['visual'])} | "
-                  f"privileged only {show(found['privileged'])} | "
-                  f"multimodal (upper bound) {show(found['multimodal'])}")
+    found = {}
+    for settings in folds if together else trainings_of(folds, "folds", ranks):
+        one = train_teacher(settings, source, args, ranks if together else ALONE)
+        if one:
+            found[settings["fold"]] = one
+            print(f"{heading(settings)}, n = {one['multimodal']['n']}: {answer(one)}")
+    print_mean(found, settings, ranks)
     leave_ranks()
 
 
