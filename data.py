@@ -16,13 +16,14 @@ the same span). Its attributes, arrays over the rows first:
     visual(row), privileged(row)   one clip's tensors, from disk
     task, outputs   "classification" and the number of classes, or "regression" and 2
     frame_label, frame_row   of regression: the frames that are scored, and whose rows they are
-    path, length, faults, describe(), check()   root, rows a sample, what is wrong, counts in one
-            line, what is wrong inside the files
+    path, length, describe()   root, rows a sample, counts in one line
+    faults, notes, check()   what is wrong, and what lies there unused or odd; check() looks into
+            the files, too
 
 and a *sample* is a window of `length` consecutive rows of one sequence (`Windows`, `fold_windows`).
 
 What all scripts share lives here, too: `Parser`, `UserError` (a user's mistake), `run`, which turns
-errors into one line, and `replacing`, which never leaves half a file.
+errors into one line, `bar`, and `replacing`, which never leaves half a file.
 """
 import argparse
 import io
@@ -32,13 +33,14 @@ import os
 import re
 import shutil
 import sys
-import tempfile
+import time
 import warnings
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import NamedTuple
 
 import numpy as np
@@ -57,9 +59,12 @@ INVALID = -5.0  # and in files
 SAMPLE = r"\d{6}_[mw]_\d\d-(BL1|PA[1-4])-\d{3}"  # BioVid's names: subject, level, number
 BIOVID = "on request: https://www.nit.ovgu.de/BioVid.html; --synthetic runs without it"
 AFFWILD2 = "on request: https://ibug.doc.ic.ac.uk/resources/aff-wild2/; --synthetic runs without it"
-FEATURES = ("expected a features file (.npz): float32 visual (N, L, Dv) and privileged (N, L, Dp); "
-            "label int (N,), -1 for none, or float (N, 2) or (N, L, 2), -5 for none; if you like "
-            "group (of a subject), split and name (N,), text, .astype(str), or whole numbers")
+LITTER = r"[.@_]|lost\+found$"  # what macOS, a NAS and a disk check leave behind,
+FOLDER = "[!.@_]*/"  # and a glob of all else
+FEATURES = ("expected a features file (.npz): float32 visual (N, L, Dv) and privileged (N, L, Dp), "
+            "without L if it is 1; label int (N,), -1 for none, or float (N, 2) or (N, L, 2), -5 "
+            "for none; if you like group (of a subject), split and name (N,), text, .astype(str), "
+            "or whole numbers")
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,6 +85,23 @@ def a_path(text):
 
 class UserError(ValueError):
     """A user's mistake: one line that says what is wrong, where, and what to do; see `run`."""
+
+
+def bar(iterable, text="", quiet=False):
+    """Yields what is in it and shows how far it is: a bar on a terminal; elsewhere, a file say, a
+    line every half a minute."""
+    if quiet or sys.stderr.isatty():
+        yield from tqdm(iterable, text, leave=False, disable=quiet)
+        return
+    start = last = time.monotonic()
+    for done, item in enumerate(iterable, 1):
+        yield item
+        now = time.monotonic()
+        if now > last + 30:
+            last = now
+            left = (now - start) / done * (len(iterable) - done)
+            print(f"{text} {done} of {len(iterable)}, about {left / 60:.0f} min left",
+                  file=sys.stderr)
 
 
 class Windows(NamedTuple):
@@ -165,11 +187,28 @@ def fold_windows(source, fold, dense=False, folds="subjects", labelled=None):
         if not samples[-1].labelled.any():
             raise UserError(f"{source.path}: no sample with a label in the {name} part of fold "
                             f"{fold}; give labels, or take another fold")
-    for number in range(source.outputs) if source.task == "classification" else ():
-        if number not in samples[0].label:
-            raise UserError(f"{source.path}: no training sample of class {number} of 0 to "
-                            f"{source.outputs - 1} in fold {fold}; add some, or take another fold")
+    if source.task == "classification":
+        lacking = {*range(source.outputs)} - {*samples[0].label.tolist()}
+        if lacking:
+            raise UserError(f"{source.path}: no training sample of class {str(lacking)[1:-1]} of 0 "
+                            f"to {source.outputs - 1} in fold {fold}; add some, or take another "
+                            "fold")
     return Fold(*samples)
+
+
+def refused_folds(source):
+    """What training says of those of the data set's folds that it refuses."""
+    faults = []
+    for fold in range(1, 6) if source.split is None else [1]:
+        with noting(faults):
+            fold_windows(source, fold)
+    return faults
+
+
+def unlabelled(label):
+    """How many rows have no label, in words."""
+    missing, mark = (label.isnan().any(1), "-5") if label.ndim > 1 else (label < 0, "-1")
+    return f"{int(missing.sum())} clips without a label ({mark})"
 
 
 def few_labels(source, train, number, fold):
@@ -217,8 +256,9 @@ def parts(source, fold, folds="subjects"):
     test = np.isin(group, groups[fold - 1::5]) if split is None else split == "test"
     rest = groups[np.isin(groups, group[~test])]
     if split is None and len(groups) < 5 or len(rest) < 2 or not test.any():
+        found = f"{len(groups)} groups" if split is None else f"{len(rest)} and {test.sum()} rows"
         raise UserError(f"{source.path}: 5 folds need at least 5 groups (subjects), a split two to "
-                        f"train on and a test part; found {len(groups)} and {test.sum()} test rows")
+                        f"train on and a test part; found {found}")
     return np.where(test, "test", np.where(np.isin(group, rest[::8]), "val", "train"))
 
 
@@ -251,35 +291,44 @@ def image_files(folder, prefix, first=0):
     return np.array([*names], int), np.array([*names.values()])
 
 
+@contextmanager
+def reading(path, expected, advice):
+    """What fails in this block fails because of the file, unless it is for want of memory: damaged
+    bytes make Pillow, numpy and scipy raise any of a dozen kinds of error."""
+    try:
+        yield
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or f"{expected} ({error})"
+        raise UserError(f"{path}: {reason}; {advice}") from None
+
+
+def read_image(path):
+    """A jpg or png as a viewer shows it."""
+    with reading(path, "not a plain jpg or png", "extract it again or delete it"):
+        with (warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+              Image.open(path, formats=("JPEG", "PNG")) as file):
+            image = ImageOps.exif_transpose(file)
+        if image.mode not in "RGB L P 1 CMYK".split() or "transparency" in image.info:
+            raise ValueError(f"{image.mode} pixels; save it with 8 bits and without alpha")
+        return image.convert("RGB")
+
+
 def read_frames(folder, names, size):
-    """Decode images as a viewer shows them, resize and stack them -> uint8 (3, F, size, size)."""
-    frames = []
-    for name in names:
-        try:
-            with (warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
-                  Image.open(folder / name, formats=("JPEG", "PNG")) as file):
-                image = ImageOps.exif_transpose(file)
-            if image.mode not in "RGB L P 1 CMYK".split() or "transparency" in image.info:
-                raise ValueError(f"{image.mode} pixels; save it with 8 bits and without alpha")
-            image = image.convert("RGB")
-        except Exception as error:  # a damaged file makes Pillow raise any of a dozen kinds
-            raise UserError(f"{folder / name}: not a plain jpg or png ({error}); extract it again "
-                            "or delete it") from None
-        frames.append(resize(pil_to_tensor(image), [size, size]))
-    return torch.stack(frames, 1)
+    """Images, resized and stacked -> uint8 (3, F, size, size)."""
+    return torch.stack([resize(pil_to_tensor(read_image(folder / name)), [size, size])
+                        for name in names], 1)
 
 
 def read_table(path, delimiter, columns):
     """The named columns of a text table as numbers, (rows, columns); it may have no row."""
-    try:
-        with (warnings.catch_warnings(action="ignore", category=UserWarning),  # of an empty table
-              open(path, encoding="utf-8-sig") as file):
-            header = [name.strip() for name in file.readline().split(delimiter)]
-            use = None if header == columns else [header.index(name) for name in columns]
-            return np.loadtxt(file, delimiter=delimiter, usecols=use, ndmin=2)
-    except ValueError as error:
-        raise UserError(f"{path}: not a table of numbers with a first line of names, among them "
-                        f"{' and '.join(columns)} ({error}); extract it again") from None
+    expected = f"not a table of numbers with a first line of names, among them {columns}"
+    with (reading(path, expected, "extract it again"), open(path, encoding="utf-8-sig") as file,
+          warnings.catch_warnings(action="ignore", category=UserWarning)):  # of an empty table
+        header = [name.strip() for name in file.readline().split(delimiter)]
+        use = None if header == columns else [header.index(name) for name in columns]
+        return np.loadtxt(file, delimiter=delimiter, usecols=use, ndmin=2)
 
 
 def find_folder(root, *names, inside):
@@ -304,8 +353,8 @@ class Source:
     """What the data sets of images share: where the clips of each row lie on disk.
 
     `images[row]` are a folder and names in it, `signals[row]` what the privileged signal is read
-    from. `faults` lists what is wrong with the folders, `strays` what lies there unused; reading a
-    file that is wrong raises UserError.
+    from. `faults` lists what is wrong with the folders, `notes` what lies there unused or is odd,
+    and does no harm; reading a file that is wrong raises UserError.
     """
     split = None
 
@@ -314,7 +363,7 @@ class Source:
         self.length = length
         self.image_size = image_size
         self.faults = []
-        self.strays = []
+        self.notes = []
 
     def visual(self, row):
         return read_frames(*self.images[row], self.image_size)
@@ -335,21 +384,25 @@ class Source:
 
         return [[trace(path), *where] for path, *where in self.signals]
 
-    def folders(self):
-        return dict.fromkeys(folder for folder, _ in self.images)
-
     def check(self):
-        """What is wrong inside the files, and the strays; see also `faults`."""
-        faults = list(self.strays)
-        for row in tqdm(range(len(self.name)), disable=None):
-            with noting(faults):
+        """Adds what is wrong or odd inside the files to `faults` and `notes`."""
+        for row in bar(range(len(self.name)), "signals"):
+            with noting(self.faults):
                 self.privileged(row)
 
-        for folder in tqdm(self.folders(), disable=None):
-            for name in image_files(folder, self.PREFIX)[1]:
-                with noting(faults):
-                    read_frames(folder, [name], 8)
-        return faults
+        shown = {}  # of each folder: an image that nothing reads, damaged or not, does no harm
+        for folder, names in self.images:
+            shown.setdefault(folder, set()).update(names)
+        for folder, used in bar(shown.items(), "images"):
+            names = image_files(folder, self.PREFIX)[1]
+            for name in names:
+                with noting(self.faults if name in used else self.notes):
+                    read_image(folder / name)
+            others = sorted(name for name in {*os.listdir(folder)} - {*names}
+                            if not re.match(LITTER, name))
+            if others:
+                self.notes.append(f"{folder}: {len(others)} files not used, for their names or as "
+                                  f"doubles: {', '.join(others[:3])}")
 
 
 # BioVid
@@ -380,15 +433,16 @@ class BioVid(Source):
         self.outputs = len(levels)
         faces = find_folder(self.path, "faces",
                             inside=f"<subject>/<sample>/img_00001.jpg; {BIOVID}")
-        folders = sorted(faces.glob("[!._]*/[!._]*/"))
+        folders = sorted(faces.glob(FOLDER + FOLDER))
         if privileged:
             signals = find_folder(self.path, "biosignals_filtered", "biosignals_raw",
                                   inside=f"<subject>/<sample>_bio.csv; {BIOVID}")
-            self.strays = [f"{csv}: no face crops in {crops}; not used"
-                           for csv in sorted(signals.glob("[!._]*/[!.]*_bio.csv"))
-                           if not (crops := faces / csv.parent.name / csv.name[:-8]).is_dir()]
+            self.notes = [f"{csv}: no face crops in {crops}; not used"
+                          for csv in sorted(signals.glob(f"{FOLDER}[!.]*_bio.csv"))
+                          if not (crops := faces / csv.parent.name / csv.name[:-8]).is_dir()]
         expect_whole_videos(folders, faces, face_start)
 
+        self.frames = 0
         rows = []  # the attributes of each; video is the sample's number
         for folder in folders:
             subject, sample = folder.parts[-2:]
@@ -402,10 +456,12 @@ class BioVid(Source):
                     raise UserError(f"{csv}: missing, but its face crops are there; extract it "
                                     f"again or remove {folder}")
                 if match[1] in levels:
+                    clips, found = pain_clips(folder, length, face_start)
+                    self.frames += found
                     rows += [(len(rows) // length, f"{sample}/{clip}", subject,
                               levels.index(match[1]), images,
                               (csv, self.COLUMN[dataset], *clip_spans(length)[clip]))
-                             for clip, images in pain_clips(folder, length, face_start)]
+                             for clip, images in enumerate(clips)]
         if not rows:
             self.faults.append(f"{faces}: no sample of {', '.join(levels)} in it that can be used; "
                                f"expected <subject>/<sample>/; {BIOVID}")
@@ -419,12 +475,10 @@ class BioVid(Source):
         return pain_spectrogram(read_biosignal(*self.signals[row]))
 
     def describe(self):
-        folders = self.folders()
-        frames = sum(len(image_files(folder, self.PREFIX)[0]) for folder in folders)
         classes = ", ".join(f"{name} {int((self.label == i).sum())}"
                             for i, name in enumerate(self.LEVELS[self.outputs]))
-        return (f"{len(set(self.group))} subjects, {len(folders)} samples, {frames} frames, "
-                f"classes {classes}")
+        return (f"{len(set(self.group))} subjects, {len(set(self.video))} samples, {self.frames} "
+                f"frames, classes {classes}")
 
 
 def clip_spans(length):
@@ -446,7 +500,8 @@ def expect_whole_videos(folders, where, face_start):
 
 
 def pain_clips(folder, length, face_start=None):
-    """Yields number, and folder and names of PAIN_IMAGES equally spaced images, of each clip.
+    """Folder and names of PAIN_IMAGES equally spaced images, of each clip; and how many images the
+    folder has.
 
     Image 1 lies at face_start, 0 s by default. A clip without an image takes the one of the
     sample's window that is nearest to its middle.
@@ -454,17 +509,18 @@ def pain_clips(folder, length, face_start=None):
     numbers, names = image_files(folder, "img_", first=face_start is None)
     seconds = (face_start or 0) + (numbers - 1) / FPS
     window = (seconds >= BEGIN) & (seconds < END)
-    names = names[window]
     seconds = seconds[window]
-    if not len(names):
+    if not len(seconds):
         raise UserError(f"{folder}: no face img_<5 digits>.jpg between {BEGIN:g} and {END:g} s; "
                         "extract its crops again or remove the folder")
-    for clip, (begin, end) in enumerate(clip_spans(length)):
+    clips = []
+    for begin, end in clip_spans(length):
         inside = np.flatnonzero((seconds >= begin) & (seconds < end))
         if not len(inside):
             inside = np.abs(seconds - (begin + end) / 2).argmin(keepdims=True)
         spaced = np.linspace(0, len(inside) - 1, PAIN_IMAGES).round().astype(int)
-        yield clip, (folder, names[inside[spaced]])
+        clips.append((folder, names[window][inside[spaced]]))
+    return clips, len(names)
 
 
 def read_biosignal(path, column, begin, end):
@@ -472,11 +528,11 @@ def read_biosignal(path, column, begin, end):
     count = round((end - begin) * SIGNAL_RATE)
     table = read_table(path, "\t", ["time", column])
     time, values = table[table[:, 0] >= begin * 1e6][:count].T
-    if (len(values) < count or not np.isfinite(values).all() or (np.diff(time) <= 0).any()
+    if (len(values) < count or (np.diff(time) <= 0).any() or not 0 < np.abs(values).max() < 1e9
             or max(time[0] - begin * 1e6, abs(time[-1] - end * 1e6)) > 2e6 / SIGNAL_RATE):  # 2 rows
-        raise UserError(f"{path}: expected {count} finite values of {column} between {begin:g} and "
-                        f"{end:g} s, {SIGNAL_RATE} a second in rising time; extract it again or "
-                        "remove the sample")
+        raise UserError(f"{path}: expected {count} values of {column} between {begin:g} and {end:g}"
+                        f" s, {SIGNAL_RATE} a second in rising time, not all zero, none NaN or "
+                        "beyond 1e9; extract it again or remove the sample")
     return values
 
 
@@ -514,14 +570,14 @@ class Affwild2(Source):
         super().__init__(root, length, image_size)
         find_folder(self.path, "cropped_aligned", inside=f"<video>/00001.jpg; {AFFWILD2}")
         # Crops come in several archives, of one level or two.
-        crops = self._by_video(path for level in ("*/", "batch*/*/", "cropped_aligned*/*/")
-                               for path in self.path.glob(f"cropped_aligned*/{level}")
-                               if not re.match(r"[._]|batch\d*$|cropped_aligned", path.name))
+        crops = self._by_video(path for level in ("", "batch*/", "cropped_aligned*/")
+                               for path in self.path.glob(f"cropped_aligned*/{level}{FOLDER}")
+                               if not re.match(r"batch\d*$|cropped_aligned", path.name))
         annotations = self._find_annotations()
         files = self._by_video(path for part in self.SPLIT
                                for path in (annotations / part).glob("[!.]*.txt"))
-        self.strays = [f"{folder}: crops without an annotation file in {annotations}; not used"
-                       for video, folder in crops.items() if video not in files]
+        self.notes = [f"{folder}: crops without an annotation file in {annotations}; not used"
+                      for video, folder in crops.items() if video not in files]
         fps = read_fps(self.path / "fps.txt", crops | files)
 
         rows = []  # the attributes of each
@@ -538,7 +594,7 @@ class Affwild2(Source):
                 known = np.isfinite(label).all(1)
                 clips = affect_clips(crops[video], len(label))
                 if privileged:
-                    expect_sound(wav, len(label) / rate, video)
+                    self._expect_sound(wav, len(label) / rate, video)
                 nearest = nearest_clip([end for end, _ in clips], len(label))
                 frames.append((label[known], (len(rows) + nearest)[known]))
                 rows += [(video, f"{video}/{end:05d}", sound, self.SPLIT[path.parent.name],
@@ -563,15 +619,25 @@ class Affwild2(Source):
         return found
 
     def _find_annotations(self):
-        sets = sorted(path.parent for level in ("", "*/", "*/*/", "annotations/annotations/*/")
+        levels = "", FOLDER, FOLDER + FOLDER, f"annotations/annotations/{FOLDER}"
+        sets = sorted(path.parent for level in levels
                       for name in ("VA_Estimation_Challenge", "VA_Set")
-                      for path in self.path.glob(f"{level}{name}/Train_Set")
-                      if "__MACOSX" not in path.parts)
+                      for path in self.path.glob(f"{level}{name}/Train_Set"))
         if len(sets) != 1:
             raise UserError(f"{self.path / 'annotations'}: expected one edition of ABAW's "
                             "VA_Estimation_Challenge/Train_Set/<video>.txt in it, found "
                             f"{' and '.join(map(str, sets)) or 'none'}; keep one there. {AFFWILD2}")
         return sets[0]
+
+    def _expect_sound(self, path, needed, video):
+        """Raises UserError unless a wav is as long as its video, of `needed` seconds."""
+        rate, sound = read_wav(path)
+        seconds = len(sound) / rate
+        found = f"{path}: {seconds:.1f} s of sound for {needed:.1f} s of {video}"
+        if seconds < needed - 1:  # within a second: roundings of the rate; silence fills it
+            raise UserError(f"{found}; extract it again or give the frame rate in fps.txt")
+        if seconds >= 2 * needed:
+            self.notes.append(f"{found}; is it this video's, and the rate right?")
 
     def privileged(self, row):
         return log_mel(read_sound(*self.signals[row]))
@@ -579,8 +645,14 @@ class Affwild2(Source):
     def describe(self):
         return ", ".join(f"{part}: {len(set(self.video[self.split == part]))} videos, "
                          f"{(self.split == part).sum()} clips, "
+                         f"{unlabelled(self.label[self.split == part])}, "
                          f"{(self.split[self.frame_row] == part).sum()} valid frames"
                          for part in ("train", "test"))
+
+    def check(self):
+        super().check()
+        self.notes += [f"{path}: silent" for path in bar(dict(self.signals), "sounds")
+                       if not read_wav(path)[1].any()]
 
 
 def affect_clips(folder, frames=None):
@@ -645,26 +717,15 @@ def read_annotation(path):
 
 def read_wav(path):
     """Sample rate and samples of a wav, (n,) or (n, channels), mapped rather than read."""
-    try:
-        with warnings.catch_warnings(action="ignore", category=wavfile.WavFileWarning):
-            rate, sound = wavfile.read(path, mmap=True)  # it warns of chunks of metadata
+    advice = (f"make it with ffmpeg -i <video>.mp4 -ac 1 -ar {SOUND_RATE} {path.name}, or for a "
+              f"silent video ffmpeg -f lavfi -i anullsrc -ac 1 -ar {SOUND_RATE} -t <seconds> "
+              f"{path.name}")
+    with (reading(path, "not a wav that can be used", advice),
+          warnings.catch_warnings(action="ignore", category=wavfile.WavFileWarning)):
+        rate, sound = wavfile.read(path, mmap=True)  # it warns of chunks of metadata
         if sound.size == 0 or sound.dtype == np.uint8 or not 1000 <= rate <= 200000:
             raise ValueError(f"{sound.size} samples of {sound.dtype} at {rate} Hz")
-    except Exception as error:  # a damaged header makes scipy raise any of a dozen kinds
-        raise UserError(f"{path}: missing or not a wav that can be used ({error}); make it with "
-                        f"ffmpeg -i <video>.mp4 -ac 1 -ar {SOUND_RATE} {path.name}, or for a "
-                        f"silent video ffmpeg -f lavfi -i anullsrc -ac 1 -ar {SOUND_RATE} "
-                        f"-t <seconds> {path.name}") from None
     return rate, sound
-
-
-def expect_sound(path, needed, video):
-    """Raises UserError unless a wav is as long as its video, of `needed` seconds."""
-    rate, sound = read_wav(path)
-    seconds = len(sound) / rate
-    if seconds < needed - 1:  # within a second: roundings of the rate; silence fills it
-        raise UserError(f"{path}: {seconds:.1f} s of sound for {needed:.1f} s of {video}; extract "
-                        "it again or give the frame rate in fps.txt")
 
 
 SOUND_RATE = 44100
@@ -710,22 +771,27 @@ class Faces(Source):
     """Face crops alone, for prediction: every folder with images in `folder`, itself included.
 
     Images are named as in the data set. `video` and `name` say what a row is of; `faults` has a
-    line for each folder whose images cannot be used. UserError if there is nothing that can.
+    line for each folder whose images cannot be used: all that will be shown are decoded here once,
+    so that a damaged one ends no prediction of the others. UserError if there is nothing to use.
     """
 
     def __init__(self, folder, dataset, length, image_size, face_start=None):
         super().__init__(folder, length, image_size)
-        folders = list(image_folders(self.path))
+        folders = [one for one, files in walk(self.path) if any(
+            re.search(r"\.(jpe?g|png|bmp|gif|tiff?|webp)$", path.name, re.I) for path in files)]
         if dataset != "affwild2":
             expect_whole_videos(folders, folder, face_start)
 
         rows = []
-        for one in folders:
+        for one in bar(folders, "images"):
             video = str(one.relative_to(self.path)) if one != self.path else one.resolve().name
             with noting(self.faults):
                 clips = (affect_clips(one) if dataset == "affwild2"
-                         else pain_clips(one, length, face_start))
-                rows += [(video, f"{video}/{number:05d}", images) for number, images in clips]
+                         else enumerate(pain_clips(one, length, face_start)[0]))
+                found = [(video, f"{video}/{number:05d}", images) for number, images in clips]
+                for name in sorted({name for *_, (_, names) in found for name in names}):
+                    read_image(one / name)
+                rows += found
         if not rows:
             raise UserError((self.faults or [f"{folder}: no images there; expected face crops (jpg "
                                              f"or png), named as in {dataset}"])[0])
@@ -733,80 +799,109 @@ class Faces(Source):
         self.video, self.name = map(np.array, columns)
 
 
-def image_folders(folder, above=()):
-    """The folder and those below it that hold images of any kind or name; links are followed."""
-    if not folder.is_dir() or (real := folder.resolve()) in above:  # it lies in what it links to
+def walk(folder, above=()):
+    """Yields the folder and those below it, each with its files; links are followed."""
+    if (real := folder.resolve()) in above:  # it lies in what it links to
         return
-    inside = sorted(p for p in folder.iterdir() if not re.match(r"\.|__MACOSX", p.name))
-    if any(re.search(r"\.(jpe?g|png|bmp|gif|tiff?|webp)$", p.name, re.I) for p in inside):
-        yield folder
-    for path in inside:
-        yield from image_folders(path, (*above, real))
+    files, folders = [], []
+    for path in sorted(folder.iterdir()):
+        (folders if path.is_dir() else files).append(path)
+    yield folder, [path for path in files if path.name[0] != "."]
+    for path in folders:
+        if not re.match(LITTER, path.name):
+            yield from walk(path, (*above, real))
 
 
 class Features:
-    """A features file (.npz): visual (N, L, Dv), privileged (N, L, Dp) and label.
+    """A features file (.npz): visual (N, L, Dv), privileged (N, L, Dp) and label; without L, one
+    clip each.
 
     label: int (N,), -1 where there is none; or float (N, 2) or (N, L, 2), valence and arousal, -5
     where there is none. Optional: group, split ("train" or "test") and name, all (N,); with L = 1
     also video (N,), whose consecutive samples are a sequence; and, as stage 2 writes them, labels
     frame_label (T, 2) of single frames with frame_row (T,), the row whose prediction holds for it.
     `rows["visual"]` and `rows["privileged"]` are the (N * L, D) tensors. length: rows a window, L
-    if None. Raises UserError for whatever does not fit.
+    if None. Whatever does not fit is a line of `faults`; UserError with the first, if strict.
     """
 
-    faults = ()
+    notes = ()
     split = None
     KEYS = "visual privileged label group split name video frame_label frame_row backbones".split()
 
-    def __init__(self, path, length=None, privileged=True, labelled=True):
+    def __init__(self, path, length=None, privileged=True, labelled=True, strict=True):
         self.path = Path(path)
         self.rows = {}
-        arrays = read_arrays(path, {"visual": True, "privileged": privileged, "label": labelled})
-        if strays := sorted(arrays.keys() - self.KEYS):  # a group that is misspelt would be a leak
-            raise UserError(f"{path}: holds {strays[0]}, which nothing reads; leave it out, or "
-                            f"rename it; {FEATURES}")
-        count, clips = (*arrays["visual"].shape, 0, 0)[:2]
-        for key in ("visual", "privileged") if privileged else ("visual",):
-            array = self._expect(arrays, key, "f", (count, clips, *arrays[key].shape[-1:]))
-            self.rows[key] = torch.from_numpy(np.float32(array)).flatten(0, 1)
-
-        self.length = length or clips
+        self.faults = []
+        arrays = read_arrays(path, {"visual": True, "privileged": privileged, "label": labelled},
+                             self.faults)
+        for key in sorted(arrays.keys() - self.KEYS):  # a group that is misspelt would be a leak
+            self._need(False, f"holds {key}, which nothing reads; leave it out, or rename it")
         self.backbones = np.array(arrays.get("backbones", ())).tolist()  # stage 2: whose features
+        if "visual" in arrays:
+            self._read(arrays, length)
+        if strict and self.faults:
+            raise UserError(self.faults[0])
+
+    def _read(self, arrays, length):
+        """Sets `rows` and all else; a fault of one array leaves the others' to be found."""
+        views = [key for key in ("visual", "privileged") if key in arrays]
+        for key in views:
+            if arrays[key].ndim == 2:
+                arrays[key] = arrays[key][:, None]
+        count, clips = (*arrays["visual"].shape, 0, 0)[:2]
+        self.length = length or clips
+        for key in views:
+            with noting(self.faults):
+                wanted = (count, clips, *arrays[key].shape[-1:])
+                array = self._expect(arrays, key, "f", wanted)
+                self.rows[key] = torch.from_numpy(np.float32(array)).flatten(0, 1)
+
         self._read_names(arrays, count, clips)
-        if labelled:
-            self._read_label(arrays, count, clips)
+        if "label" in arrays:
+            with noting(self.faults):
+                self._read_label(arrays, count, clips)
+
+    def _need(self, good, fault):
+        if not good:
+            self.faults.append(f"{self.path}: {fault}")
 
     def _expect(self, arrays, key, kinds, *shapes):
         """An array of these kinds and one of these shapes, not empty, and finite as float32."""
         array = arrays[key]
         if array.dtype.kind not in kinds or array.shape not in shapes or not array.size:
             raise UserError(f"{self.path}: {key} is {array.dtype} {array.shape}; {FEATURES}")
-        if "U" not in kinds and not float(np.abs(array).max()) < 3e38:
-            raise UserError(f"{self.path}: {key} holds NaN or infinity; {FEATURES}")
+        if "U" not in kinds:
+            self._refuse(key, ~(np.abs(array) < np.float64(3e38)), "NaN or infinity")
         return array
+
+    def _refuse(self, key, wrong, what):
+        samples = np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))
+        if len(samples):
+            raise UserError(f"{self.path}: {key} holds {what} in {len(samples)} of {len(wrong)} "
+                            f"samples, number {samples[0]} (from 0 on) the first; mend or leave "
+                            "them out")
 
     def _read_names(self, arrays, count, clips):
         """Sets group, name, video and split, (N * L,) each."""
-        arrays = dict.fromkeys(["group", "name", "video"], np.arange(count)) | arrays
+        self.group = self.name = self.video = np.arange(count).repeat(clips)
         for key in sorted(arrays.keys() & "group name split video".split()):
-            setattr(self, key, self._expect(arrays, key, "Uiu", (count,)).repeat(clips))
+            with noting(self.faults):
+                setattr(self, key, self._expect(arrays, key, "Uiu", (count,)).repeat(clips))
         self.name = self.name.astype(str)
-        if len(np.unique(self.name)) < count:  # an evaluation finds its samples by name
-            raise UserError(f"{self.path}: name holds the same one twice; number them")
-        if clips > 1 and len(np.unique(self.video)) < count:
-            raise UserError(f"{self.path}: video joins samples of {clips} clips; write one clip a "
-                            "sample, (N, 1, D), or leave video out")
+        self._need(len(np.unique(self.name)) == count,  # an evaluation finds its samples by name
+                   "name holds the same one twice; number them")
+        self._need(clips < 2 or len(np.unique(self.video)) == count,
+                   f"video joins samples of {clips} clips; write one clip a sample, (N, 1, D), or "
+                   "leave video out")
         if self.split is None:
             return
 
         found = {*self.split.tolist()}
-        if not found <= {"train", "test"}:
-            raise UserError(f"{self.path}: split holds {str(found)[:60]}; expected train and test "
-                            "(validation is taken from train)")
+        self._need(found <= {"train", "test"}, f"split holds {str(found)[:60]}; expected train and "
+                   "test (validation is taken from train)")
         both = np.intersect1d(*(self.group[self.split == part] for part in ("train", "test")))
-        if len(both) and not self.backbones:  # stage 2's is the split that the data set came with
-            raise UserError(f"{self.path}: group {both[0]} is in both splits; give it to one")
+        self._need(self.backbones or not len(both),  # stage 2's is the one that the data came with
+                   f"split has group {both[:1]} in both parts; give it to one")
 
     def _read_label(self, arrays, count, clips):
         """Sets task, outputs and a label for each row, (N * L,) or (N * L, 2); of regression the
@@ -815,7 +910,7 @@ class Features:
         if label.ndim == 1:
             classes = np.unique(label[label != -1]).tolist()
             if classes != [*range(max(len(classes), 2))]:
-                raise UserError(f"{self.path}: the classes are {classes[:9]}; number two or more "
+                raise UserError(f"{self.path}: label has classes {classes[:9]}; number two or more "
                                 "from 0 on, leaving none out, and write -1 for no label")
             self.task = "classification"
             self.outputs = len(classes)
@@ -823,6 +918,7 @@ class Features:
             return
 
         self._expect(arrays, "label", "f", label.shape)  # whole numbers are classes
+        self._refuse("label", (np.abs(label) > 1) & (label != INVALID), "values beyond [-1, 1]")
         if label.any() and np.isin(label, (0, 1)).all():
             raise UserError(f"{self.path}: label is all 0 and 1; write classes as label.argmax(1)")
         self.task = "regression"
@@ -847,27 +943,27 @@ class Features:
         return self.rows[modality]
 
     def check(self):
-        return ()
+        """All was read when it was opened."""
 
     def describe(self):
         what = f"{self.outputs} classes" if self.task == "classification" else "valence/arousal"
         widths = ", ".join(f"{key} width {rows.shape[1]}" for key, rows in self.rows.items())
         return (f"{len(self.label) // self.length} samples of {self.length} clips, {what}, "
-                f"{len(set(self.group))} groups, {widths}")
+                f"{unlabelled(self.label)}, {len(set(self.group))} groups, {widths}")
 
 
-def read_arrays(path, needed):
-    """The arrays of an .npz file but those that are not needed; nothing pickled is ever opened."""
+def read_arrays(path, needed, faults):
+    """The arrays of an .npz file but those that are not needed; nothing pickled is ever opened. One
+    that cannot be read is a line in `faults`."""
     arrays = {}
-    fault = "no such file, no .npz, or cut short"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            for key in sorted({*needed, *file.files}):
-                fault = f"{key!r} is missing, damaged or of Python objects"
+    with reading(path, "cut short or damaged", FEATURES), open(path, "rb") as file:
+        if file.peek(2)[:2] != b"PK":
+            raise UserError(f"{path}: no .npz (zip) file; {FEATURES}")
+        content = np.load(file, allow_pickle=False)
+        for key in sorted({*needed, *content}):
+            with noting(faults), reading(path, f"{key} is missing or damaged", FEATURES):
                 if needed.get(key, True):
-                    arrays[key] = file[key]
-    except Exception:  # zip, zlib, numpy's header parser: each has errors of its own
-        raise UserError(f"{path}: {fault}; {FEATURES}") from None
+                    arrays[key] = content[key]
     return arrays
 
 
@@ -880,34 +976,40 @@ def save_features(path, arrays):
 
 @contextmanager
 def replacing(path):
-    """A hidden path beside `path`, with its ending: renamed to it, or removed on any failure."""
+    """A path of the same name in a hidden folder beside `path`, no other process's: what is written
+    there is renamed to `path`, or removed on any failure. Where it is a folder that is there by
+    then, another process was quicker, and its folder stays."""
     path = Path(path)
-    part = path.with_name(f".{path.stem}.tmp{path.suffix}")
-
-    def clear():  # a file or a folder
-        shutil.rmtree(part, ignore_errors=True)
-        part.unlink(missing_ok=True)
-
-    clear()  # what a killed process left
     try:
-        yield part
-        os.replace(part, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(".writing-*"):  # by a killed process: no writing takes a day
+            with suppress(FileNotFoundError):  # its owner, or another one who cleans up
+                if left.stat().st_mtime < time.time() - 24 * 3600:
+                    shutil.rmtree(left, ignore_errors=True)
+        with TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+            part = Path(folder, path.name)
+            yield part
+            try:
+                os.replace(part, path)
+            except OSError:
+                if not (part.is_dir() and path.is_dir()):
+                    raise
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
+        if lacks_memory(error):
+            raise
         raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}); free some "
                         "space or give another place") from None
-    finally:
-        clear()
 
 
 def writable(folder):
-    """Makes a folder for results; UserError unless a file can be written there."""
+    """Makes an output's folder, and finds out before the work whether a file can be made in it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another "
-                        "--out") from None
+        raise UserError(f"{folder}: cannot be written to ({error.strerror}); give another "
+                        "place") from None
 
 
 def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileged=True,
@@ -918,8 +1020,8 @@ def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileg
     modality is looked at.
     """
     if dataset == "features":
-        return Features(root, privileged=privileged)
-    if dataset == "affwild2":
+        source = Features(root, privileged=privileged, strict=False)
+    elif dataset == "affwild2":
         source = Affwild2(root, length or 8, image_size, privileged)
     else:
         source = BioVid(root, dataset, classes, length or 1, image_size, privileged, face_start)
@@ -946,16 +1048,15 @@ def write_stand_in(dataset, root):
     root = Path(root)
     recipe = json.dumps({"dataset": dataset, "noise": NOISE[dataset], "version": 2}) + "\n"
     mark = root / "SYNTHETIC"
-    if mark.is_file() and mark.read_text() == recipe:
-        return
-    if root.exists():
+    if not root.exists():
+        print(f"writing a synthetic stand-in of {dataset} to {root}")
+        write = write_affwild2 if dataset == "affwild2" else write_biovid
+        with replacing(root) as part:
+            write(dataset, part, np.random.default_rng(0))
+            (part / mark.name).write_text(recipe)
+    if not mark.is_file() or mark.read_text() != recipe:
         what = "another stand-in: delete it, or" if mark.is_file() else "not a stand-in:"
         raise UserError(f"{root}: exists and is {what} give another --root")
-    print(f"writing a synthetic stand-in of {dataset} to {root}")
-    write = write_affwild2 if dataset == "affwild2" else write_biovid
-    with replacing(root) as part:
-        write(dataset, part, np.random.default_rng(0))
-        (part / "SYNTHETIC").write_text(recipe)
 
 
 def draw_faces(identity, expressions):
@@ -992,7 +1093,7 @@ def write_jpegs(folder, prefix, faces, keep):
 
 def write_biovid(dataset, root, rng):
     noise_v, noise_p = NOISE[dataset]
-    for person in tqdm(range(SUBJECTS), disable=None):
+    for person in bar(range(SUBJECTS), "subjects"):
         subject = f"{person + 1:02d}0109_{'mw'[person % 2]}_{20 + person}"
         identity = rng.uniform(-1, 1, 8)
         gain = rng.normal(1, 0.15)
@@ -1040,7 +1141,7 @@ def write_affwild2(dataset, root, rng):
     videos = [f"video{i}" for i in range(VIDEOS)]
     videos[3:4] = "video3_left", "video3_right"
     (root / "fps.txt").write_text("video5 25\n")
-    for n, video in enumerate(tqdm(videos, disable=None)):
+    for n, video in enumerate(bar(videos, "videos")):
         part = "Train_Set" if n < 25 else "Validation_Set"
         fps = 25 if video == "video5" else 30
         frames = 550 if video.startswith("video3_") else rng.integers(400, 700)
@@ -1081,6 +1182,7 @@ def write_affwild2(dataset, root, rng):
 CROP = 112  # pixels
 FRAME = 640  # of the longer side: fine enough for the crops, coarse enough for a quick detector
 MARGIN = 1.2  # of the detector's box
+VIDEO = ".mp4 .avi .mov .mkv .webm .wmv .m4v .3gp .mpg .mpeg .flv .mts .m2ts".split()
 
 
 @cache
@@ -1200,11 +1302,13 @@ def crop_videos(videos, root, detector, workers):
     If root holds BioVid's signals or one name is BioVid's, all must be; others keep their folders.
     """
     face_detector(detector)  # what is wrong with it is said once, here
-    (root / "faces").mkdir(parents=True, exist_ok=True)
-    paths = [path for path in sorted([videos, *videos.rglob("[!.]*")])
-             if path.suffix.lower() in ".mp4 .avi .mov".split() and path.is_file()]
+    files = ([videos] if videos.is_file() else
+             sorted(path for _, inside in walk(videos) for path in inside))
+    paths = [path for path in files if path.suffix.lower() in VIDEO]
+    others = sorted({*files} - {*paths})
     if not paths:
-        raise UserError(f"{videos}: no mp4, avi or mov; expected one or a folder of them")
+        raise UserError(f"{videos}: no video (*{' *'.join(VIDEO)}) in it, of {len(files)} files; "
+                        "expected one or a folder of them")
     strays = [path for path in paths if not re.fullmatch(SAMPLE, path.stem)]
     if strays and (any(root.glob("biosignals_*")) or strays != paths):
         raise UserError(f"{strays[0]}: expected a name like 071309_w_21-BL1-081; move or rename it")
@@ -1215,16 +1319,18 @@ def crop_videos(videos, root, detector, workers):
         target = root / "faces" / folder / path.stem
         if targets.setdefault(target, path) != path:
             raise UserError(f"{target}: two videos of this name; remove one")
+    writable(root / "faces")
     todo = [(path, target, detector) for target, path in targets.items() if not target.is_dir()]
     loader = DataLoader(todo, None, num_workers=max(0, min(workers, len(todo))),
                         collate_fn=crop_video)
-    frames, missing, faults = zip((0, 0, ""), *tqdm(loader, disable=None), strict=True)
+    frames, missing, faults = zip((0, 0, ""), *bar(loader, "videos"), strict=True)
     faults = [fault for fault in faults if fault]
     fewest = sorted(f"{len(os.listdir(folder)):6} {folder.name}"
                     for folder in targets if folder.is_dir())[:10]
     print("fewest faces:", *fewest, *faults, sep="\n")
     print(f"{len(targets)} videos, {len(targets) - len(todo)} there already, {len(faults)} failed; "
-          f"{sum(frames)} frames, {sum(missing)} without a face")
+          f"{sum(frames)} frames, {sum(missing)} without a face; {len(others)} other files not used"
+          f"{': ' * bool(others)}{', '.join(map(str, others[:9]))}")
     sys.exit(bool(faults))
 
 
@@ -1238,7 +1344,9 @@ def parse(argv=None):
     add = parser.add_argument
     add("--detector", default="haar", metavar="FILE",
         help="for --crop: the file of YuNet, else OpenCV 4's Haar cascade")
-    add("--workers", type=int, default=os.cpu_count(), help="for --crop: processes")
+    allotted = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
+    add("--workers", type=int, default=len(allotted(0)),
+        help="for --crop: processes; default: the CPUs that this one may use, %(default)s")
     add("--face-start", type=float, help="for --check: where image 1 lies, seconds")
     add("--root", type=a_path, help="default: data/<data set>, with -synthetic for a stand-in")
     return parser.parse_args(argv)
@@ -1254,14 +1362,27 @@ def main():
         return crop_videos(args.crop, args.root, args.detector, args.workers)
     source = open_dataset(args.check, args.root or f"data/{args.check}", 5,
                           face_start=args.face_start, strict=False)
-    faults = [*source.faults]
-    if hasattr(source, "label"):
+    notes = []
+    if len(getattr(source, "label", ())):
         print(source.describe())
-        faults += source.check()
-    faults = dict.fromkeys(faults)  # a file of many clips is one fault
-    print(*faults, f"{len(faults)} faults", sep="\n")
+        source.check()
+        if args.check.startswith("biovid"):  # all five levels are read, two are the default
+            notes = [f"with --classes 5: {fault}" for fault in refused_folds(source)]
+            source.label = source.label.where(source.label % 4 == 0, -4) // 4
+            source.outputs = 2
+        source.faults += refused_folds(source)
+    faults = dict.fromkeys(source.faults)  # a file of many clips is one fault
+    notes = dict.fromkeys([*source.notes, *notes])
+    print(*faults, *(f"note: {note}" for note in notes),
+          f"{len(faults)} faults, {len(notes)} notes", sep="\n")
     if faults:
         sys.exit(2)
+
+
+def lacks_memory(error):
+    """Whether an error of any library is for want of memory."""
+    words = "out of memory|not enough memory|allocate memory|nable to allocate|ALLOC_FAILED"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
 
 
 def run(main):
@@ -1277,18 +1398,24 @@ def run(main):
         finally:
             sys.stdout.flush()  # a closed pipe shows here rather than at the interpreter's exit
         return
-    except (UserError, OSError) as error:  # a DataLoader worker hands it on behind its traceback
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        # a DataLoader worker hands it on behind its traceback
         line = re.split(r"\n[\w.]*Error: ", str(error))[-1].strip()
-        if isinstance(error, OSError):
-            line += "; check the path, or give another"
-            sys.stdout = open(os.devnull, "w")  # what it still holds must not fail again at exit
-    except RuntimeError as error:
-        if re.search("/gloo/|NCCL|TCPStore", str(error)):
+        if isinstance(error, UserError):
+            pass
+        elif re.search("/gloo/|NCCL|TCPStore", line):
             line = ("another rank has ended: its own line says why, or torchrun's last name it "
-                    f"({str(error).splitlines()[0]})")
-        elif re.search(r"shared memory|</torch_|DataLoader worker .* (killed|exited)", str(error)):
+                    f"({line.splitlines()[0]})")
+        elif re.search(r"shared memory|</torch_|DataLoader worker .* (killed|exited)", line):
             line = ("a process that loads data died, probably for lack of shared memory; use "
                     "--workers 0 (in Docker also: --shm-size 8g)")
+        elif lacks_memory(error):
+            asked = re.search(r" for \d[\d.]* ?\w+|$", line.replace("allocate", "for"))[0]
+            line = (f"not enough memory{asked}; lower --batch-size, --fusion-batch-size, "
+                    "--image-size or, with --finetune, --chunk; a features file must fit in whole")
+        elif isinstance(error, OSError):
+            line += "; check the path, or give another"
+            sys.stdout = open(os.devnull, "w")  # what it still holds must not fail again at exit
         else:
             raise
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -115,6 +116,13 @@ def ok(script, line):
 
 
 distil = partial(ok, train_student)
+
+
+def checked(dataset, root, code=0):
+    """What --check prints when it ends with that exit code."""
+    ended = run(data, f"--check {dataset} --root {root}")
+    assert ended.code == code and not ended.err, ended
+    return ended.out
 
 
 def on_disk():
@@ -1068,7 +1076,7 @@ SPLIT = np.array(["train", "train", "test", "test", "train", "train"])
 @parametrize("kind", ["<f4", ">f8", "f2", "g"])
 def test_a_features_file_is_read_as_it_is_meant(kind):
     affect = np.linspace(-1, 1, 24).reshape(6, 2, 2)
-    affect[1, 0, 1], affect[4], affect[5] = -5, math.nan, -3  # two of no label, and a number
+    affect[1, 0, 1], affect[4], affect[5] = -5, math.nan, -1  # two of no label, and a number
     visual = np.arange(36).reshape(6, 2, 3) / 4
 
     for label in (np.array([0, -1, 1, 2, 1, 2]), affect, affect[:, 0]):
@@ -1091,6 +1099,9 @@ def test_a_features_file_is_read_as_it_is_meant(kind):
             assert_allclose(source.frame_label, wanted[known], 1e-6)
             assert source.frame_row.tolist() == np.flatnonzero(known).tolist()
 
+    np.savez("f.npz", **arrays(length=1, visual=visual[:, 0]))  # one clip each
+    assert np.array_equal(Features("f.npz").rows["visual"], visual[:, 0])
+
 
 @parametrize("key, value", [
     ("visual", None),
@@ -1107,6 +1118,7 @@ def test_a_features_file_is_read_as_it_is_meant(kind):
     ("label", CUBE[:, 0, :2] * math.nan),
     ("label", np.int64(3 * CUBE[:, 0, :2])),
     ("label", CUBE[:, 0, :2]),  # classes as zeros and ones
+    ("label", CUBE[:, 0, :2] * 1.01),
     ("label", SIX * 0),
     ("label", SIX - 2),
     ("label", SIX * 2),
@@ -1120,7 +1132,27 @@ def test_a_features_file_is_read_as_it_is_meant(kind):
     ("video", SIX // 2)])
 def test_a_features_file_that_does_not_fit_is_refused_by_name(key, value):
     np.savez("f.npz", **arrays(**{key: value}))
-    refused(data, "--check features --root f.npz", "f.npz", key)
+    says("f.npz", Features, "f.npz")
+    assert re.search(f"^f.npz: (holds )?{key}\\b", checked("features", "f.npz", 2), re.M)
+
+
+def test_each_array_that_does_not_fit_is_a_line_of_check_that_says_where():
+    holes = np.where(SIX[:, None, None] % 4 == 3, math.nan, CUBE)
+    np.savez("f.npz", **arrays(visual=holes, privileged=SIX, label=SIX - 2))
+    told = checked("features", "f.npz", 2)
+    assert re.findall("npz: ([a-z]+)", told) == ["visual", "privileged", "label"]
+    assert re.search("visual.* 1 of 6 .* 3 ", told)
+
+
+def test_a_file_that_is_no_features_file_is_told_what_it_is(monkeypatch):
+    write("html.npz", "<html>")
+    np.savez("cut.npz", **arrays())
+    os.truncate("cut.npz", 999)
+    line = "--check features --root"
+    for name, word in ("none", "o such file"), ("html", "no .npz"), ("cut", "cut short"):
+        refused(data, f"{line} {name}.npz", word)
+    monkeypatch.setattr(np, "load", lambda *_, **__: np.empty(2**50))
+    refused(data, f"{line} cut.npz", "not enough memory for 8.00 PiB")
 
 
 @once
@@ -1296,16 +1328,39 @@ def test_an_image_is_turned_as_its_camera_says():
     assert data.read_frames(Path(), ["a.png"], 2)[2, 0].tolist() == [[0, 255]] * 2
 
 
-def test_check_counts_a_sound_root_and_the_litter_of_macos_is_not_looked_at():
-    affwild2(biovid(Path(), frames=[51, 81]), frames=40)
+COUNTED = f"""\
+5 subjects, 10 samples, 21 frames, classes BL1 5, PA1 0, PA2 0, PA3 0, PA4 5
+note: {BIO}: no face crops in {FACES}; not used
+note: faces/001309_w_21/001309_w_21-BL1-081/img_00001.jpg: not a plain jpg or png (
+note: with --classes 5: .: no training sample of class 1, 2, 3 of 0 to 4
+0 faults, 7 notes
+train: 2 videos, 4 clips, 1 clips without a label (-5), 75 valid frames, \
+test: 1 videos, 2 clips, 0 clips without a label (-5), 40 valid frames
+note: cropped_aligned/new: crops without an annotation file in {VA}; not used
+note: audio/three.wav: 2.7 s of sound for 1.3 s of three; is it this video's, and the rate right?
+note: {CROPS}: 1 files not used, for their names or as doubles: 1.jpg
+note: {WAV}: silent
+note: audio/two.wav: silent
+0 faults, 5 notes
+"""
+
+
+def test_check_counts_a_sound_root_and_what_is_odd_or_not_used_is_a_note():
+    """The litter of macOS and of a NAS is not looked at."""
+    names = [f"0{i}1309_w_21-{level}-081" for i in range(5) for level in ("BL1", "PA4")]
+    affwild2(biovid(Path(), names, frames=[51, 81]), frames=40)
+    affwild2(Path(), "two", 40, label=np.repeat([[0], [-5.0]], [35, 5], 0).repeat(2, 1))
+    affwild2(Path(), "three", 40, "Validation_Set", sound=np.full(12000, 9, "i2"))
     for path in [*Path().rglob("*")]:
-        for litter in (path.parent, path.parent / "__MACOSX", "__MACOSX" / path.parent):
+        for litter in (path.parent, path.parent / "__MACOSX", "@eaDir" / path.parent):
             write(litter / f"._{path.name}", "x")
-    assert ok(data, "--check biovid_b --root .") == (
-        "1 subjects, 1 samples, 2 frames, classes BL1 1, PA1 0, PA2 0, PA3 0, PA4 0\n0 faults\n")
-    assert ok(data, "--check affwild2 --root .") == (
-        "train: 1 videos, 2 clips, 40 valid frames, test: 0 videos, 0 clips, 0 valid frames\n"
-        "0 faults\n")
+    bio_csv(BIO)
+    write("faces/001309_w_21/001309_w_21-BL1-081/img_00001.jpg", "")  # before the window
+    jpg(f"{CROPS}/1.jpg", 1)
+    jpg("cropped_aligned/new/00001.jpg", 1)
+    told = checked("biovid_b", ".") + checked("affwild2", ".")
+    lines = re.sub(" in fold .*|cannot ident.*", "", told).splitlines()
+    assert [*dict.fromkeys(lines)] == COUNTED.splitlines()
 
 
 def test_images_cut_to_the_window_are_read_from_face_start_on():
@@ -1316,7 +1371,7 @@ def test_images_cut_to_the_window_are_read_from_face_start_on():
     faces = ("faces", "biovid_b", 1, 16)
     refused(data, "--check biovid_b --root .", "faces: ", "--face-start")
     says("faces", data.Faces, *faces)
-    ok(data, "--check biovid_b --root . --face-start 2")
+    assert "found 1 groups\n1 faults" in run(data, "--check biovid_b --root . --face-start 2").out
     assert grays(data.Faces(*faces, 2).visual(0))[::9] == [51, 125]
 
     def first(start):
@@ -1423,6 +1478,7 @@ def test_few_labels_are_a_stratified_nested_draw_from_training_alone():
     split = np.where(np.arange(208) % 4, "train", "test")
     source = source_of(level, np.arange(208), split=split)
     assert ((data.parts(source, 1) == "test") == (split == "test")).all()
+    assert "208 samples of 1 clips, 3 classes, 8 clips without a label (-1)" in source.describe()
     train = fold_windows(source, 1).train
     share = np.bincount(train.label[train.labelled])
     before = set()
@@ -1438,7 +1494,7 @@ def test_few_labels_are_a_stratified_nested_draw_from_training_alone():
 
 
 def test_few_labels_of_frames_are_those_of_whole_samples():
-    source = source_of(randn(100, 2).numpy(), np.arange(100) // 10, 4)
+    source = source_of(randn(100, 2).tanh().numpy(), np.arange(100) // 10, 4)
     tiles, dense = (fold_windows(source, 1, dense, labelled=3).train
                     for dense in (False, True))
     kept = tiles.index[tiles.labelled[:, None] & tiles.keep]
@@ -1453,6 +1509,11 @@ def test_a_fold_that_cannot_train_or_score_is_refused():
     for label in (np.where(part == "test", -1, group % 2), 1 * (part == "test")):
         says("rows.npz", fold_windows, source_of(label, group), 1)
     says("rows.npz", data.parts, source_of(group[:4] % 2, group[:4]), 1)
+    assert "found 4 groups\n1 faults" in checked("features", "rows.npz", 2)
+
+    source = source_of(1 * (group == 7), group)  # a class of one subject
+    lost = [str(fold) for fold in range(1, 6) if data.parts(source, fold)[7] != "train"]
+    assert re.findall(r"class 1 .*fold (\d)", checked("features", "rows.npz", 2)) == lost
 
 
 FAULTS = [  # a path of a good tree, and its new content or what makes it anew
@@ -1466,6 +1527,8 @@ FAULTS = [  # a path of a good tree, and its new content or what makes it anew
     (BIO, lambda path: bio_csv(path, times=lambda t: t * 1.01)),
     (BIO, lambda path: bio_csv(path, times=lambda t: t // 3906 * 3906)),
     (BIO, lambda path: write(path, path.read_text().replace("\t-1300\t", "\tnan\t"))),
+    (BIO, lambda path: write(path, path.read_text().replace("\t-1300\t", "\t1e30\t"))),
+    (BIO, lambda path: write(path, re.sub(r"\t-\d+\t", "\t0\t", path.read_text()))),
     (CROPS, shutil.rmtree),
     (CROPS, lambda path: [image.unlink() for image in path.iterdir()]),
     ("cropped_aligned/new", dict(video="new", frames=31)),
@@ -1486,31 +1549,32 @@ FAULTS = [  # a path of a good tree, and its new content or what makes it anew
 @parametrize("path, change", FAULTS)
 def test_each_fault_is_one_line_of_check_that_begins_with_its_path(tmp_path, path, change):
     affwild2(biovid(tmp_path, frames=[51, 81]))
-    jpg(tmp_path / "cropped_aligned/stray/00001.jpg", 1)  # what nothing needs is told, too
-    bio_csv(tmp_path / BIO.replace("081_", "082_"))
     if isinstance(change, dict):
         affwild2(tmp_path, **change)
     elif callable(change):
         change(tmp_path / path)
     else:
         write(tmp_path / path, change)
-    ended = [run(data, f"--check {dataset} --root {tmp_path}")
-             for dataset in ("biovid_b", "affwild2")]
-    assert ended[0].code == ended[1].code == 2
-    assert f"{ended}".count(f"{tmp_path / path}: ") == 1
+    told = "\n".join(text for dataset in ("biovid_b", "affwild2")
+                     for text in run(data, f"--check {dataset} --root {tmp_path}")[1:])
+    assert told.count(f"{tmp_path / path}: ") == 1
+    assert re.search(f"^(error: )?{tmp_path / path}: ", told, re.M)
 
 
 def test_every_folder_with_images_is_predicted_or_named(tmp_path, monkeypatch):
     for path in ("top/00040.JPG", "top/a/00040.png", "top/b/deep/00040.jpeg", "other/00040.jpg",
                  "top/0/00000.jpg", "top/kind/00040.bmp", "top/named/face.jpg",
-                 "top/short/00009.jpg", "top/__MACOSX/00040.jpg"):
+                 "top/short/00009.jpg", "top/torn/00040.jpg",
+                 *(f"top/{name}/00040.jpg" for name in ("__MACOSX", "@eaDir", "lost+found"))):
         jpg(tmp_path / path, 40)
+    os.truncate(tmp_path / "top/torn/00040.jpg", 300)
     (tmp_path / "top/link").symlink_to(tmp_path / "other")
     (tmp_path / "top/b/loop").symlink_to(tmp_path / "top")
     monkeypatch.chdir(tmp_path / "top")
     faces = data.Faces(".", "affwild2", 8, 16)
     assert [*faces.name] == ["top/00040", "a/00040", "b/deep/00040", "link/00040"]
-    assert [line.split(": ")[0] for line in faces.faults] == ["0", "kind", "named", "short"]
+    assert [line.split(": ")[0] for line in faces.faults] == [
+        "0", "kind", "named", "short", "torn/00040.jpg"]
 
 
 def first_and_last(folder, prefix, faces, keep):
@@ -1536,8 +1600,22 @@ def test_stand_ins_are_read_and_touch_nothing_else(stand_in, monkeypatch):
 
     ok(data, "--synthetic affwild2")  # it is there
     write("mine/thesis.txt", "")
-    for taken in (root, "mine"):
-        refused(data, f"--synthetic biovid_a --root {taken}", taken)
+    for taken in (root, "mine", "mine/thesis.txt/a"):
+        assert str(taken).startswith(
+            refused(data, f"--synthetic biovid_a --root {taken}").split(": ")[1])
+
+
+def test_two_who_write_the_same_at_once_end_well():
+    """The last file stays, and the first folder; what a killed process left a day ago goes."""
+    for name in (".writing-now", ".writing-long"):
+        os.mkdir(name)
+    os.utime(name, (0, time.time() - 90000))
+    for name, inside, kept in ("file", "", "last"), ("folder", "x", "first"):
+        with data.replacing(name) as last, data.replacing(name) as first:
+            write(last / inside, "last")
+            write(first / inside, "first")
+        assert Path(name, inside).read_text() == kept
+    assert {*os.listdir()} == {".writing-now", "file", "folder"}
 
 
 def ended_by(fault, workers=0):
@@ -1545,7 +1623,7 @@ def ended_by(fault, workers=0):
     def read(_):
         if fault is None:
             os.kill(os.getpid(), 9)  # for want of memory
-        raise fault
+        raise fault if isinstance(fault, BaseException) else AssertionError(fault())
 
     loader = torch.utils.data.DataLoader([0], None, num_workers=workers, collate_fn=read)
     return run(SimpleNamespace(__name__="program", main=lambda: next(iter(loader))), "")
@@ -1554,7 +1632,12 @@ def ended_by(fault, workers=0):
 @parametrize("workers", [0, 1])
 @parametrize("fault, words", [
     (UserError("a.npz: is damaged; mend it"), "error: a.npz: is damaged; mend it\n"),
-    (RuntimeError("unable to write to file </torch_1_2_3>"), "--workers 0")])
+    (RuntimeError("unable to write to file </torch_1_2_3>"), "--workers 0"),
+    (OSError(12, "Cannot allocate memory"), "memory"),
+    (MemoryError(), "--batch-size"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU"), "for 9.00 GiB"),
+    (lambda: torch.empty(2**50), "--chunk"),
+    (lambda: np.empty(2**50), "for 8.00 PiB")])
 def test_what_a_user_or_the_system_spoils_is_one_line(fault, words, workers):
     code, _, err = ended_by(fault, workers)
     assert code == 2 and words in err and err.count("\n") == 1
@@ -1568,7 +1651,16 @@ def test_ctrl_c_and_a_killed_worker_are_one_line_and_the_programs_own_faults_are
         ended_by(RuntimeError("shapes differ"))
 
 
+def test_long_work_is_a_line_every_half_minute_in_a_file(monkeypatch):
+    program = SimpleNamespace(__name__="program", main=lambda: [*data.bar(range(4), "crops")])
+    assert run(program, "").err == ""
+    monkeypatch.setattr(time, "monotonic", iter(range(0, 999, 20)).__next__)
+    assert run(program, "").err == ("crops 2 of 4, about 1 min left\n"
+                                    "crops 4 of 4, about 0 min left\n")
+
+
 def test_an_output_that_cannot_be_written_is_one_line(stand_in):
+    says("/proc", data.writable, "/proc")
     line = f"{sys.executable} {data.__file__} --check biovid_b --root {stand_in}"
     assert os.system(f"env -u PYTHONUNBUFFERED {line} 2>told >/dev/full") == 2 << 8  # exit code 2
     assert re.fullmatch("error: .*\n", Path("told").read_text())
@@ -1650,9 +1742,11 @@ def test_a_video_is_read_by_its_time_stamps(monkeypatch, cv2):
     assert [frame[0, 0, 0] for frame in data.video_frames("a")] == [0, 1, 2, 2, 3, 4, 4, 5, 5]
 
 
-def test_crop_finds_the_faces_where_and_when_they_are(cv2):
+def test_crop_finds_the_faces_where_and_when_they_are(cv2, monkeypatch):
     """Of a video of 30 frames a second, too: crops are of 25."""
     face = portrait()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 5, 6})
+    assert data.parse(["--crop", "v"]).workers == 3  # the CPUs allotted
     film(cv2, f"v/deep/{NAME}.avi", [face] * 24 + [0 * face] * 12 + [face] * 24, 30)
     ok(data, "--crop v --root . --workers 0")
     assert sorted(os.listdir(FACES)) == [
@@ -1681,8 +1775,10 @@ def test_crop_levels_the_eyes_of_the_largest_face(monkeypatch, cv2):
 def test_what_fails_is_named_and_what_is_there_stays(cv2, forks, monkeypatch):
     """And processes write the same as none."""
     images = [portrait()] * 20
-    for name in ("good", "torn"):
-        film(cv2, f"v/a/{name}.avi", images)
+    for name in ("good.MKV", "torn.avi"):
+        film(cv2, f"elsewhere/{name}", images)
+    write("v/b/notes.txt", "")
+    Path("v/a").symlink_to(Path("elsewhere").resolve())
     film(cv2, "v/black.avi", [0 * images[0]])
     os.truncate("v/a/torn.avi", 30000)
     write("v/text.MP4", "no video")
@@ -1690,8 +1786,9 @@ def test_what_fails_is_named_and_what_is_there_stays(cv2, forks, monkeypatch):
     for workers in "20":
         line = f"--crop v --root {workers} --workers {workers}"
         code, out, _ = run(data, line)
-        named = [line.split(": ")[0] for line in out.splitlines() if ": " in line]
+        *named, _ = (line.split(": ")[0] for line in out.splitlines() if ": " in line)
         assert code == 1 and named == ["v/a/torn.avi", "v/black.avi", "v/text.MP4"]
+        assert out.endswith("1 other files not used: v/b/notes.txt\n")
         written.append({path.name: path.read_bytes() for path in Path(workers).rglob("*.*")})
     assert written[0] == written[1] and len(written[0]) == 20
     assert len(forks) == 2
@@ -1714,7 +1811,8 @@ def test_each_mistake_with_crop_is_one_line(cv2, monkeypatch):
         write(path, "")
     for line, words in (("none --root .", "none"), ("me.avi", "--root"),
                         ("me.avi --root signals", "me.avi"), ("mixed --root .", "mixed/clip.avi"),
-                        ("two --root .", FACES), ("me.avi --root . --detector a.onnx", "a.onnx")):
+                        ("two --root .", FACES), ("me.avi --root me.avi", "me.avi/faces"),
+                        ("me.avi --root . --detector a.onnx", "a.onnx")):
         refused(data, f"--crop {line}", words)
     monkeypatch.setitem(sys.modules, "cv2", None)
     refused(data, "--crop me.avi --root . --detector b.onnx", "pip install")

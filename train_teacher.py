@@ -34,7 +34,6 @@ import torch.distributed as dist
 import torchvision
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import data
 import models
@@ -328,7 +327,7 @@ def clip_loader(source, modality, index, batches, args):
 
 
 def bar(batches, text):
-    return tqdm(batches, text, leave=False, disable=None if first_of_all() else True)
+    return data.bar(batches, text, quiet=not first_of_all())
 
 
 def from_all(thing, ranks):
