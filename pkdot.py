@@ -9,7 +9,7 @@ there is -1 (class) or NaN (valence/arousal).
 import torch
 import torch.nn.functional as F
 
-from sinkhorn import sinkhorn_divergence
+from sinkhorn import full_precision, sinkhorn_divergence
 
 ANCHORS = ("dissimilar", "similar", "random")
 
@@ -38,7 +38,8 @@ def pkdot_loss(student, teacher, k=30, epsilon=0.1, debias=True, anchors="dissim
     is a position relative to the same landmarks. Either way OT matches the two *sets* of rows: its
     plan need not pair student i with teacher i; transport=False does, in the plan's place.
 
-    Returns a scalar, in float32 even under autocast (float64 if given). Raises ValueError.
+    Returns a scalar, in full float32 even under autocast and with TF32 allowed (float64 if given);
+    only backward's products of the cosine matrix follow the script's settings. Raises ValueError.
     """
     if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
         raise ValueError("student and teacher must be (b, m) over the same b samples, "
@@ -48,7 +49,7 @@ def pkdot_loss(student, teacher, k=30, epsilon=0.1, debias=True, anchors="dissim
     if anchors not in ANCHORS:
         raise ValueError(f"anchors={anchors!r} is not one of {', '.join(ANCHORS)}")
 
-    with torch.autocast(student.device.type, enabled=False):
+    with full_precision(student.device.type):
         dtype = torch.promote_types(student.dtype, torch.float32)
         phi, theta = student.to(dtype), teacher.detach().to(dtype)
         S_phi, S_theta = map(cosine_similarity_matrix, (phi, theta))  # (b, b), Eq. 1-4

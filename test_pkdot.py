@@ -42,6 +42,7 @@ from scipy.signal import stft
 from scipy.special import logsumexp, softmax
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import models
@@ -723,11 +724,62 @@ def test_all_is_in_float32_or_float64_if_given_and_has_no_second_derivative(loss
         gradient.sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:Sinkhorn stopped")
+@pytest.mark.filterwarnings("error")
 def test_the_benchmark_finds_exact_gradients(capsys):
     sinkhorn.benchmark([8, 128], 1, "cpu")
     ours = [line for line in capsys.readouterr().out.splitlines() if " ours " in line]
     assert len(ours) == 16 and all(float(line.split()[-1]) < 1e-2 for line in ours)
+
+
+class Operators(TorchDispatchMode):
+    """Counts those that compute (on a GPU each is a launch), and products in less than float32."""
+    launches = coarse = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **kwargs or {})
+        if op.name() in ("aten::mm", "aten::bmm"):
+            backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            self.coarse += {backend.fp32_precision for backend in backends} != {"ieee"}
+        computes = isinstance(result, torch.Tensor | tuple) and op.name() != "aten::_unsafe_view"
+        self.launches += computes and not op.is_view
+        return result
+
+
+@parametrize("kind, epsilon, most", [
+    ("clustered", 0.1, 100),
+    ("collapsed", 0.1, 100),
+    *product(["low-rank", "two classes"], [0.1, 0.01], [500]),
+    *product(["clustered", "collapsed"], [0.01], [500])
+])
+def test_a_loss_takes_few_launches(kind, epsilon, most):
+    x, y = sinkhorn._batch(kind, 128)
+    with Operators() as operators:
+        torch.autograd.grad(sinkhorn_divergence(x.requires_grad_(), y, epsilon), x)
+    assert operators.launches < most
+
+
+@parametrize("precision", ["high", "medium"])
+@parametrize("loss", [
+    lambda x, y: sinkhorn_divergence(x, y, 0.3),
+    lambda x, y: ot_cost(x, 0.3),
+    lambda x, y: sinkhorn.sinkhorn(x, 0.3),
+    lambda x, y: pkdot_loss(x, y, 3)
+])
+def test_the_loss_is_in_full_float32_whatever_the_script_allows(loss, precision):
+    x, y = randn(2, 9, 6, dtype=torch.float32)
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    torch.set_float32_matmul_precision(precision)
+    try:
+        before = [backend.fp32_precision for backend in backends]
+        with Operators() as operators:
+            loss(x, y)
+            with pytest.raises(ValueError):
+                loss(x * math.nan, y)
+        assert operators.launches and not operators.coarse
+        assert [backend.fp32_precision for backend in backends] == before
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def naive_pkdot(student, teacher, k=30, epsilon=0.1, debias=True, anchors="dissimilar",
