@@ -793,7 +793,7 @@ def fill(table, args, ranks):
             if not line_of(teacher, flags, known):
                 missing[json.dumps(choices(flags, teacher))] = teacher, flags
     wait_for_all()
-    for teacher, flags in trainings_of([*missing.values()], "students", ranks):
+    for teacher, flags in bar(trainings_of([*missing.values()], "students", ranks), "students"):
         try:
             record, _ = distil(teacher, *teacher_data(teacher, flags), flags, ALONE)
             append_line(results, record)
