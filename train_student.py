@@ -1261,59 +1261,71 @@ def draw_matrices(S, label, names, figure):
 def parse(argv=None, namespace=None):
     """The flags in argv; those that it leaves out are the namespace's, if there is one."""
     parser = Parser(__doc__)
-    add = parser.add_argument
     count = at_least(1)
     number = at_least(0, float)
+
+    add = parser.add_argument_group("what to train").add_argument
     add("--teacher", type=data.a_path, help="default: the newest teacher.pt under --out")
+    add("--dataset", choices=data.DATASETS,
+        help="default: the newest teacher's; of a table, all of its columns")
     add("--fold", nargs="+", choices=[*"12345", "all"],
-        help="the teacher's siblings of these folds; of a table, its folds (default all)")
+        help="whose teachers to take; default: --teacher's fold, in tables all")
+    add("--finetune", action=BooleanOptionalAction, default=False,
+        help="train the visual backbone too, from video; default: frozen")
+    add("--batch-size", type=at_least(2), default=128, help="b in Eq. 1; default 128")
+    add("--lr", type=number, default=1e-4, help="default 1e-4")
+    add("--epochs", type=count,
+        help=f"default {EPOCHS} (the release's); {STAND_IN_EPOCHS} on a stand-in")
+    add("--select", choices=("val", "test", "last"), default="val",
+        help="what chooses the epoch: held-out groups (val, the default), the test fold (test, as "
+             "the release does), or nothing (last)")
+    add("--chunk", type=count,
+        help="--finetune: clips in the backbone at a time; less memory, the same gradient; default "
+             "all")
+
+    add = parser.add_argument_group("the method").add_argument
     add("--method", choices=METHODS, default="pkdot", help="default pkdot")
     add("--lambda", dest="lambdas", type=number, nargs="+", default=[0.4],
         help="weight of W in Eq. 9; default 0.4; a table chooses among several on validation")
     add("--k", type=count, default=30, help="anchors; default 30")
     add("--epsilon", type=at_least(1e-6, float), default=0.1,
         help="Eq. 5, in units of 1/2 |x - y|^2; default 0.1 (the release's blur 0.1 is 0.01)")
-    add("--no-debias", dest="debias", action="store_false", help="Eq. 5 to the letter")
-    add("--anchors", choices=ANCHORS, default="dissimilar", help="default dissimilar, the paper's")
     add("--shared-anchors", dest="shared", action="store_true",
-        help="one set of anchors for the batch instead of one a row")
-    add("--batch-size", type=at_least(2), default=128, help="b in Eq. 1; default 128")
-    add("--lr", type=number, default=1e-4, help="default 1e-4")
+        help="one set of anchors for the batch; default: each row its own")
     add("--kl", type=number, default=0.0, metavar="A",
         help="weight of KL (classes alone) beside the method; default 0")
-    add("--epochs", type=count,
-        help=f"default {EPOCHS} (the release's); {STAND_IN_EPOCHS} on a stand-in")
-    add("--finetune", action=BooleanOptionalAction, default=False,
-        help="train the visual backbone too, from video")
-    add("--chunk", type=count,
-        help="--finetune: clips that pass the backbone at a time; less memory, the same gradient")
-    add("--select", choices=("val", "test", "last"), default="val",
-        help="what chooses the epoch: held-out groups (default), the test fold (the release), none")
-    add_common_flags(parser)
-    job = parser.add_mutually_exclusive_group().add_argument
+
+    add = parser.add_argument_group("ablations").add_argument
+    add("--no-debias", dest="debias", action="store_false",
+        help="the cost of Eq. 5 itself; default: the debiased divergence")
+    add("--anchors", choices=ANCHORS, default="dissimilar", help="default dissimilar, the paper's")
+    add("--no-transport", dest="transport", action="store_false",
+        help="compare row i with row i; default: optimal transport")
+    add("--hallucinate", choices=("tnet", "zero", "oracle"), default="tnet",
+        help="in tables: what stands for the privileged features; default tnet; oracle: themselves")
+    add("--role", choices=("student", "visual", "multimodal"), default="student",
+        help="in tables: the student (default), or one of its two bounds")
+
+    group = parser.add_argument_group("instead of training a student")
+    job = group.add_mutually_exclusive_group().add_argument
     job("--evaluate", type=data.a_path, metavar="STUDENT.pt",
         help="a saved student's test score, from faces")
     job("--predict", type=data.a_path, metavar="FOLDER",
-        help="csv of a student's predictions for face crops")
-    job("--table", choices=TABLES,
-        help="the paper's table, or our choices; trains what is missing")
+        help="csv of the predictions of --student for face crops")
+    job("--table", choices=TABLES, help="the paper's table, or our choices; trains what is missing")
     job("--figure", choices=("5", *FIGURES), help="the paper's figure, likewise")
-    add("--student", type=data.a_path, metavar="STUDENT.pt", help="for --predict")
-    add("--dataset", choices=data.DATASETS, help="the newest teacher's; of a table its columns")
-    add("--seeds", type=count, default=1, help="tables and figures: students a fold")
-    add("--labelled", type=count, help="tables and figures: of the teachers")
-    add("--folds", choices=("subjects", "clips"), help="tables and figures: of the teachers")
-    add("--classes", type=int, choices=(2, 5), help="tables and figures: of the teachers")
-    add("--fresh", action="store_true", help="tables and figures: train the students again")
+    group.add_argument("--student", type=data.a_path, metavar="STUDENT.pt", help="for --predict")
+
+    add = parser.add_argument_group("tables and figures").add_argument
+    add("--seeds", type=count, default=1, help="students a fold; default 1")
+    add("--labelled", type=count, help="training samples that keep their label; default all")
+    add("--folds", choices=("subjects", "clips"), help="what folds divide; default subjects")
+    add("--classes", type=int, choices=(2, 5), help="BioVid; default 2")
+    add("--fresh", action="store_true", help="train the students again; default: what is missing")
     add("--print", action="store_true",
-        help="tables and figures: of what results.jsonl holds; no data is read, nothing trained")
-    # what the rows of a table use
-    add("--no-transport", dest="transport", action="store_false",
-        help="compare row i with row i, in the plan's place")
-    add("--hallucinate", choices=("tnet", "zero", "oracle"), default="tnet",
-        help="tables: what stands in for the privileged features; oracle: their true values")
-    add("--role", choices=("student", "visual", "multimodal"), default="student",
-        help="tables: the student, or one of its two bounds")
+        help="of what results.jsonl holds; no data is read, nothing trained")
+
+    add_common_flags(parser)
     return parser.parse_args(argv, namespace)
 
 
@@ -1340,6 +1352,8 @@ def main():
     args = parse()
     code()
     ranks = join_ranks(args)
+    if not (args.evaluate or args.predict or args.print):
+        data.writable(args.out)
     if "k" in METHODS[args.method].flags.split() and args.k > args.batch_size:
         raise UserError(f"--k {args.k}: the similarity matrix has only --batch-size "
                         f"{args.batch_size} rows; lower --k or raise --batch-size")

@@ -59,16 +59,18 @@ def at_least(least, kind=int):
 
 
 def add_common_flags(parser):
-    add = parser.add_argument
+    add = parser.add_argument_group("data, machine, output").add_argument
     add("--root", type=data.a_path, help="the data; default: data/<dataset>")
     add("--synthetic", action="store_true", help="use a synthetic stand-in, written on first use")
     add("--face-start", type=at_least(0, float), metavar="SECONDS",
         help="where in BioVid's videos image 1 lies; default 0, or the teacher's")
-    add("--seed", type=at_least(0), default=0, help="of weights and batch order; folds stay")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--workers", type=at_least(0), default=2, help="processes that decode files")
+    add("--seed", type=at_least(0), default=0,
+        help="of weights and batch order; default 0; folds stay")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    add("--workers", type=at_least(0), default=2, help="processes that decode files; default 2")
     add("--amp", action="store_true", help="bfloat16 autocast on CUDA (the OT stays in float32)")
-    add("--out", type=data.a_path, default="runs", help="where runs and results.jsonl live")
+    add("--out", type=data.a_path, default="runs",
+        help="where runs and results.jsonl live; default runs")
     add("--resume", action="store_true", help="go on where an interrupted run stopped")
 
 
