@@ -1026,9 +1026,18 @@ def is_synthetic(cells):
     return any(line["synthetic"] for line in lines_of(cells))
 
 
-def format_table(table, cells, told=""):
+def label_of(row, args):
+    """A row's label; beside the paper's number it says which flags are not the paper's."""
+    flags = "labelled folds"
+    if "--role" not in (row.flags or ""):
+        flags += " lambdas k epsilon batch_size lr epochs finetune select"
+    typed = given(args, flags)
+    return f"{row.label} ({typed})" if typed and row.paper and row.flags is not None else row.label
+
+
+def format_table(table, cells, args):
     """The table in Markdown: for each column the paper's number and ours, then the paired
-    differences, and what they say. told: what is not the paper's in the rows of its numbers."""
+    differences, and what they say."""
     title, columns, rows, _ = table
     points = points_of(table, cells)
     lines = lines_of(cells)
@@ -1041,7 +1050,7 @@ def format_table(table, cells, told=""):
     heads = [f"{column.heading}{': paper | here' * published}" for column in columns]
     text += ["", f"| | {' | '.join(heads)} |", "|---" * (1 + len(columns) * (1 + published)) + "|"]
     for row in rows:
-        shown = [row.label + told * bool(row.paper and row.flags is not None)]
+        shown = [label_of(row, args)]
         for column in columns:
             key = row.label, column.heading
             paper = f"{row.paper.get(column.heading, '-')} | " * published
@@ -1111,9 +1120,7 @@ def print_table(args, ranks):
     cells, notes, problems = fill(table, args, ranks)
     if ranks.rank > 0:
         return
-    told = given(args, "lambdas k epsilon batch_size lr epochs finetune select labelled folds")
-    print(f"{' '.join(sys.argv)}\n", format_table(table, cells, f" ({told})" * bool(told)), *notes,
-          sep="\n")
+    print(f"{' '.join(sys.argv)}\n", format_table(table, cells, args), *notes, sep="\n")
     lines = lines_of(cells)
     students = {id(line): line for line in lines if "code" in line}.values()  # two metrics: once
     edited = sum(line["code"] != code() for line in students)
@@ -1189,9 +1196,16 @@ def save_figure(title, synthetic, ending, write, draw, args):
     print(path)
 
 
+FIGURE_5 = {  # the student's panels, and what trains it
+    "before training": "",
+    "own anchors": "--method pkdot",
+    "shared anchors": "--shared-anchors",
+    "row by row": "--shared-anchors --anchors random --no-transport"}
+
+
 def figure_5(args, ranks):
-    """Similarity matrices (Eq. 4) of the teacher, and of the student before, halfway through and
-    after training, over up to 128 training samples, sorted by class or by valence."""
+    """Similarity matrices (Eq. 4) of the teacher, and of the student before and after training, in
+    three ways, over up to 128 training samples, sorted by class or by valence."""
     args.dataset = args.dataset or "biovid_b"
     args.fold = [args.fold[0].replace("all", "1")]  # it shows one teacher
     source, wanted, note = teacher_settings(args)
@@ -1214,19 +1228,18 @@ def figure_5(args, ranks):
     z_t = teacher_answers(teacher, features, train.index).z
     S = {"teacher": cosine_similarity_matrix(z_t).cpu()}
 
-    # runs of one seed go the same way: a shorter one is where a longer one passes
+    # the last epoch, whichever is the best: the figure is about training
     seen = what_the_student_sees(features, settings, args)
-    epochs = choices(args, teacher)["epochs"]
-    for count in sorted({0, epochs // 2, epochs}):
-        if count:
-            shorter = with_flags(args, epochs=count, select="last")
-            _, student = distil(teacher, features, fold, shorter, ALONE)
+    for name, flags in FIGURE_5.items():
+        one = parse(flags.split(), with_flags(args, select="last"))
+        if flags:
+            _, student = distil(teacher, features, fold, one, ALONE)
         else:
             seed_all(args.seed, 3)
             student, _ = make_student(teacher, args)
         network = student.eval() if args.finetune else student.fuse
         z_s = student_answers(network, seen, train.index, args, ALONE, "z")
-        S[f"student, epoch {count}"] = cosine_similarity_matrix(z_s)
+        S[name] = cosine_similarity_matrix(z_s)
 
     for name, matrix in S.items():
         print(f"{name}: mean similarity {matrix.mean():.3f}, "
