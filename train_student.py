@@ -1177,7 +1177,7 @@ def save_figure(title, synthetic, ending, write, draw, args):
     """The numbers of a figure, by write(path), and its png, by draw(figure), if matplotlib is
     installed."""
     source = args.root.stem if args.dataset == "features" else args.dataset
-    parts = [f"figure{args.figure}", source, "synthetic" * synthetic]
+    parts = [f"figure{args.figure}", source, "finetune" * args.finetune, "synthetic" * synthetic]
     path = args.out / f"{'-'.join(filter(None, parts))}{ending}"
     with data.replacing(path) as part:
         write(part)
