@@ -778,7 +778,7 @@ def train_fusion(features, fold, settings, run, args):
     model = nn.ModuleDict({"head": make_head(settings), "tnet": models.TNet()}).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings["fusion_lr"], fused=True)
     first, best = start_or_resume(model, optimizer, progress, progress_of, args.resume)
-    visual, privileged = features.rows["visual"], features.rows["privileged"]
+    visual, privileged = features.rows.values()
     index = fold.train.index.to(args.device)
     label = fold.train.label.to(args.device)
 
@@ -857,66 +857,62 @@ def open_features(folder, settings, device):
 
 def train_teacher(settings, source, args, ranks):
     """Stages 1 and 2 of one fold; writes the run folder and three result lines, returns the metrics
-    by role, or None in the ranks that only helped with stage 1."""
+    by role, or None in the ranks that only helped with stage 1. A teacher that is there stays with
+    --resume, or if another command has just trained it."""
     run = run_folder(settings, args.out)
-    with one_at_a_time(stage_1_folder(run, settings), ranks) as waited:
-        return train_stages(settings, source, run, args.resume or waited, args, ranks)
-
-
-def train_stages(settings, source, run, resume, args, ranks):
-    """`train_teacher`, with its folders to itself; with resume, a teacher that is there stays."""
-    start = time.time()
     folder = stage_1_folder(run, settings)
     path = run / "teacher.pt"
-    old = path.exists() and load(path, "teacher", settings)
-    fold = fold_of(source, settings)
-    ran = ran_on(args, ranks, fold)
-    if ranks.rank == 0:
-        print(f"{run}: {source.describe()}; samples train {len(fold.train.index)}, "
-              f"val {len(fold.val.index)}, test {len(fold.test.index)}")
-        start_log(run, settings, **ran, batch_size=settings["batch_size"],
-                  fusion_batch_size=settings["fusion_batch_size"])
+    with one_at_a_time(folder, ranks) as waited:
+        start = time.time()
+        old = path.exists() and load(path, "teacher", settings)
+        fold = fold_of(source, settings)
+        ran = ran_on(args, ranks, fold)
+        if ranks.rank == 0:
+            print(f"{run}: {source.describe()}; samples train {len(fold.train.index)}, "
+                  f"val {len(fold.val.index)}, test {len(fold.test.index)}")
+            start_log(run, settings, **ran, batch_size=settings["batch_size"],
+                      fusion_batch_size=settings["fusion_batch_size"])
 
-    # stage 1, or what is there of it
-    single = {modality: train_backbone(modality, source, fold, settings, folder, args, ranks)
-              for modality in ("visual", "privileged")}
-    backbones = [fingerprint(snapshot(model.eval().backbone)) for model in single.values()]
-    if resume and old and old["backbones"] == backbones:
+        # stage 1, or what is there of it
+        single = {modality: train_backbone(modality, source, fold, settings, folder, args, ranks)
+                  for modality in ("visual", "privileged")}
+        backbones = [fingerprint(snapshot(model.eval().backbone)) for model in single.values()]
+        if (args.resume or waited) and old and old["backbones"] == backbones:
+            if ranks.rank > 0:
+                return None
+            print(f"{path} is finished")
+            return old["metrics"]
+
+        # stage 2; on features a single process is fast enough
+        features = folder / "features.npz"
+        if not features.exists() or open_features(folder, settings, "cpu").backbones != backbones:
+            extract_features(single, backbones, source, settings, features, args, ranks)
         if ranks.rank > 0:
             return None
-        print(f"{path} is finished")
-        return old["metrics"]
+        features = open_features(folder, settings, args.device)
+        fold = fold_of(features, settings, dense=True)
+        model = train_fusion(features, fold, settings, run, args)
 
-    # stage 2; on features a single process is fast enough
-    features = folder / "features.npz"
-    if not features.exists() or open_features(folder, settings, "cpu").backbones != backbones:
-        extract_features(single, backbones, source, settings, features, args, ranks)
-    if ranks.rank > 0:
-        return None
-    features = open_features(folder, settings, args.device)
-    fold = fold_of(features, settings, dense=True)
-    model = train_fusion(features, fold, settings, run, args)
+        # the test fold, once
+        visual, privileged = features.rows.values()
+        forward = {
+            "visual": lambda rows: single["visual"].classify(visual[rows]),
+            "privileged": lambda rows: single["privileged"].classify(privileged[rows]),
+            "multimodal": lambda rows: model["head"](visual[rows], privileged[rows]).output}
+        found = {}
+        for role, answer_to in forward.items():
+            output = answers(answer_to, fold.test.index.split(256), ALONE)
+            found[role] = measure(features, fold.test, output)
+            log_videos(run, role, features, fold.test, output)
 
-    # the test fold, once
-    visual, privileged = features.rows["visual"], features.rows["privileged"]
-    forward = {
-        "visual": lambda rows: single["visual"].classify(visual[rows]),
-        "privileged": lambda rows: single["privileged"].classify(privileged[rows]),
-        "multimodal": lambda rows: model["head"](visual[rows], privileged[rows]).output}
-    found = {}
-    for role in forward:
-        output = answers(forward[role], fold.test.index.split(256), ALONE)
-        found[role] = measure(features, fold.test, output)
-        log_videos(run, role, features, fold.test, output)
-
-    state = dict(kind="teacher", settings=settings, metrics=found, backbones=backbones,
-                 head=model["head"].state_dict(), tnet=model["tnet"].state_dict())
-    save(path, state)
-    (run / "fusion.progress").unlink(missing_ok=True)
-    for role, values in found.items():
-        append_line(args.out / "results.jsonl",
-                    result_line(settings, role, values, time.time() - start, **ran,
-                                teacher=made_of(state)))
+        state = dict(kind="teacher", settings=settings, metrics=found, backbones=backbones,
+                     head=model["head"].state_dict(), tnet=model["tnet"].state_dict())
+        save(path, state)
+        (run / "fusion.progress").unlink(missing_ok=True)
+        for role, values in found.items():
+            append_line(args.out / "results.jsonl",
+                        result_line(settings, role, values, time.time() - start, **ran,
+                                    teacher=made_of(state)))
     return found
 
 
