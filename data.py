@@ -113,9 +113,8 @@ class Windows(NamedTuple):
     @property
     def labelled(self):
         """bool (S,): which samples have a label at all."""
-        if self.label.ndim == 1:
-            return self.label >= 0
-        return self.label.isfinite().flatten(1).any(1)
+        known = has_label(self.label)
+        return known if known.ndim == 1 else known.any(1)
 
     def take(self, which):
         """The samples that a mask or indices pick."""
@@ -133,6 +132,11 @@ class Aligned(NamedTuple):
     prediction: Tensor  # (T, C), or float64 (T, 2)
     label: Tensor  # int64 (T,), or float64 (T, 2)
     row: Tensor  # (T,) the source's row that the line belongs to
+
+
+def has_label(label):
+    """bool, of each class in label (R,), or each valence and arousal in (..., 2): not -1, NaN."""
+    return label >= 0 if label.ndim == 1 else label.isfinite().all(-1)
 
 
 def read_windows(read, windows):
@@ -162,9 +166,9 @@ def windows(video, length, dense=False):
 def label_windows(source, label, dense=False):
     """All windows of a source under its rows' labels: a sample's class is its first row's."""
     index, keep = windows(source.video, source.length, dense)
-    one_each = label.ndim == 1
-    label = label[index[:, 0]] if one_each else label[index].where(keep[..., None], NO_LABEL)
-    return Windows(index, keep, label)
+    if label.ndim == 1:
+        return Windows(index, keep, label[index[:, 0]])
+    return Windows(index, keep, label[index].where(keep[..., None], NO_LABEL))
 
 
 def fold_windows(source, fold, dense=False, folds="subjects", labelled=None):
@@ -207,8 +211,8 @@ def refused_folds(source):
 
 def unlabelled(label):
     """How many rows have no label, in words."""
-    missing, mark = (label.isnan().any(1), "-5") if label.ndim > 1 else (label < 0, "-1")
-    return f"{int(missing.sum())} clips without a label ({mark})"
+    mark = "-1" if label.ndim == 1 else "-5"
+    return f"{int((~has_label(label)).sum())} clips without a label ({mark})"
 
 
 def few_labels(source, train, number, fold):
@@ -365,6 +369,11 @@ class Source:
         self.faults = []
         self.notes = []
 
+    def set_columns(self, rows, names):
+        """Sets the attributes whose values the rows hold in this order."""
+        for name, column in zip(names.split(), zip(*rows, strict=True), strict=True):
+            setattr(self, name, column if name in ("images", "signals") else np.array(column))
+
     def visual(self, row):
         return read_frames(*self.images[row], self.image_size)
 
@@ -460,16 +469,15 @@ class BioVid(Source):
                     self.frames += found
                     rows += [(len(rows) // length, f"{sample}/{clip}", subject,
                               levels.index(match[1]), images,
-                              (csv, self.COLUMN[dataset], *clip_spans(length)[clip]))
-                             for clip, images in enumerate(clips)]
+                              (csv, self.COLUMN[dataset], *span))
+                             for clip, (images, *span) in enumerate(clips)]
         if not rows:
             self.faults.append(f"{faces}: no sample of {', '.join(levels)} in it that can be used; "
                                f"expected <subject>/<sample>/; {BIOVID}")
             return
 
-        *columns, label, self.images, self.signals = zip(*rows, strict=True)
-        self.video, self.name, self.group = map(np.array, columns)
-        self.label = torch.tensor(label)
+        self.set_columns(rows, "video name group label images signals")
+        self.label = torch.from_numpy(self.label)
 
     def privileged(self, row):
         return pain_spectrogram(read_biosignal(*self.signals[row]))
@@ -479,11 +487,6 @@ class BioVid(Source):
                             for i, name in enumerate(self.LEVELS[self.outputs]))
         return (f"{len(set(self.group))} subjects, {len(set(self.video))} samples, {self.frames} "
                 f"frames, classes {classes}")
-
-
-def clip_spans(length):
-    """Where each of the `length` clips of a BioVid sample begins and ends, in seconds."""
-    return [*pairwise(np.linspace(BEGIN, END, length + 1))]
 
 
 def expect_whole_videos(folders, where, face_start):
@@ -500,8 +503,8 @@ def expect_whole_videos(folders, where, face_start):
 
 
 def pain_clips(folder, length, face_start=None):
-    """Folder and names of PAIN_IMAGES equally spaced images, of each clip; and how many images the
-    folder has.
+    """Of each of the `length` clips of a sample: folder and names of PAIN_IMAGES equally spaced
+    images, and where it begins and ends, in seconds. And how many images the folder has.
 
     Image 1 lies at face_start, 0 s by default. A clip without an image takes the one of the
     sample's window that is nearest to its middle.
@@ -514,12 +517,12 @@ def pain_clips(folder, length, face_start=None):
         raise UserError(f"{folder}: no face img_<5 digits>.jpg between {BEGIN:g} and {END:g} s; "
                         "extract its crops again or remove the folder")
     clips = []
-    for begin, end in clip_spans(length):
+    for begin, end in pairwise(np.linspace(BEGIN, END, length + 1)):
         inside = np.flatnonzero((seconds >= begin) & (seconds < end))
         if not len(inside):
             inside = np.abs(seconds - (begin + end) / 2).argmin(keepdims=True)
         spaced = np.linspace(0, len(inside) - 1, PAIN_IMAGES).round().astype(int)
-        clips.append((folder, names[window][inside[spaced]]))
+        clips.append(((folder, names[window][inside[spaced]]), begin, end))
     return clips, len(names)
 
 
@@ -603,9 +606,8 @@ class Affwild2(Source):
             self.faults.append(f"{annotations}: nothing in it that can be used; {AFFWILD2}")
             return
 
-        *columns, label, self.images, self.signals = zip(*rows, strict=True)
-        self.video, self.name, self.group, self.split = map(np.array, columns)
-        self.label = torch.from_numpy(np.stack(label))
+        self.set_columns(rows, "video name group split label images signals")
+        self.label = torch.from_numpy(self.label)
         self.frame_label, self.frame_row = (torch.from_numpy(np.concatenate(column))
                                             for column in zip(*frames, strict=True))
 
@@ -786,8 +788,8 @@ class Faces(Source):
         for one in bar(folders, "images"):
             video = str(one.relative_to(self.path)) if one != self.path else one.resolve().name
             with noting(self.faults):
-                clips = (affect_clips(one) if dataset == "affwild2"
-                         else enumerate(pain_clips(one, length, face_start)[0]))
+                clips = affect_clips(one) if dataset == "affwild2" else enumerate(
+                    images for images, *_ in pain_clips(one, length, face_start)[0])
                 found = [(video, f"{video}/{number:05d}", images) for number, images in clips]
                 for name in sorted({name for *_, (_, names) in found for name in names}):
                     read_image(one / name)
@@ -795,20 +797,17 @@ class Faces(Source):
         if not rows:
             raise UserError((self.faults or [f"{folder}: no images there; expected face crops (jpg "
                                              f"or png), named as in {dataset}"])[0])
-        *columns, self.images = zip(*rows, strict=True)
-        self.video, self.name = map(np.array, columns)
+        self.set_columns(rows, "video name images")
 
 
 def walk(folder, above=()):
     """Yields the folder and those below it, each with its files; links are followed."""
     if (real := folder.resolve()) in above:  # it lies in what it links to
         return
-    files, folders = [], []
-    for path in sorted(folder.iterdir()):
-        (folders if path.is_dir() else files).append(path)
-    yield folder, [path for path in files if path.name[0] != "."]
-    for path in folders:
-        if not re.match(LITTER, path.name):
+    inside = sorted(folder.iterdir())
+    yield folder, [path for path in inside if path.name[0] != "." and not path.is_dir()]
+    for path in inside:
+        if path.is_dir() and not re.match(LITTER, path.name):
             yield from walk(path, (*above, real))
 
 
@@ -824,7 +823,6 @@ class Features:
     if None. Whatever does not fit is a line of `faults`; UserError with the first, if strict.
     """
 
-    notes = ()
     split = None
     KEYS = "visual privileged label group split name video frame_label frame_row backbones".split()
 
@@ -832,6 +830,7 @@ class Features:
         self.path = Path(path)
         self.rows = {}
         self.faults = []
+        self.notes = []
         arrays = read_arrays(path, {"visual": True, "privileged": privileged, "label": labelled},
                              self.faults)
         for key in sorted(arrays.keys() - self.KEYS):  # a group that is misspelt would be a leak
@@ -844,17 +843,15 @@ class Features:
 
     def _read(self, arrays, length):
         """Sets `rows` and all else; a fault of one array leaves the others' to be found."""
-        views = [key for key in ("visual", "privileged") if key in arrays]
-        for key in views:
-            if arrays[key].ndim == 2:
-                arrays[key] = arrays[key][:, None]
-        count, clips = (*arrays["visual"].shape, 0, 0)[:2]
+        count, clips = (*arrays["visual"].shape[:-1], 1, 1)[:2]
         self.length = length or clips
-        for key in views:
-            with noting(self.faults):
-                wanted = (count, clips, *arrays[key].shape[-1:])
-                array = self._expect(arrays, key, "f", wanted)
-                self.rows[key] = torch.from_numpy(np.float32(array)).flatten(0, 1)
+        for key in ("visual", "privileged"):
+            if key in arrays:
+                with noting(self.faults):
+                    array = arrays[key]
+                    array = array[:, None] if array.ndim == 2 else array
+                    self._expect(key, array, "f", (count, clips, *array.shape[-1:]))
+                    self.rows[key] = torch.from_numpy(np.float32(array)).flatten(0, 1)
 
         self._read_names(arrays, count, clips)
         if "label" in arrays:
@@ -865,14 +862,13 @@ class Features:
         if not good:
             self.faults.append(f"{self.path}: {fault}")
 
-    def _expect(self, arrays, key, kinds, *shapes):
-        """An array of these kinds and one of these shapes, not empty, and finite as float32."""
-        array = arrays[key]
+    def _expect(self, key, array, kinds, *shapes):
+        """UserError unless it is of these kinds and one of these shapes, not empty, and finite as
+        float32."""
         if array.dtype.kind not in kinds or array.shape not in shapes or not array.size:
             raise UserError(f"{self.path}: {key} is {array.dtype} {array.shape}; {FEATURES}")
         if "U" not in kinds:
             self._refuse(key, ~(np.abs(array) < np.float64(3e38)), "NaN or infinity")
-        return array
 
     def _refuse(self, key, wrong, what):
         samples = np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))
@@ -886,7 +882,8 @@ class Features:
         self.group = self.name = self.video = np.arange(count).repeat(clips)
         for key in sorted(arrays.keys() & "group name split video".split()):
             with noting(self.faults):
-                setattr(self, key, self._expect(arrays, key, "Uiu", (count,)).repeat(clips))
+                self._expect(key, arrays[key], "Uiu", (count,))
+                setattr(self, key, arrays[key].repeat(clips))
         self.name = self.name.astype(str)
         self._need(len(np.unique(self.name)) == count,  # an evaluation finds its samples by name
                    "name holds the same one twice; number them")
@@ -906,7 +903,10 @@ class Features:
     def _read_label(self, arrays, count, clips):
         """Sets task, outputs and a label for each row, (N * L,) or (N * L, 2); of regression the
         labels of frames, too."""
-        label = self._expect(arrays, "label", "iuf", (count,), (count, 2), (count, clips, 2))
+        label = arrays["label"]
+        self._expect("label", label, "iuf" if label.ndim == 1 else "f",  # whole numbers are classes
+                     (count,), (count, 2), (count, clips, 2))
+        rows = label.reshape(-1, 2) if label.ndim == 3 else label.repeat(clips, 0)
         if label.ndim == 1:
             classes = np.unique(label[label != -1]).tolist()
             if classes != [*range(max(len(classes), 2))]:
@@ -914,24 +914,20 @@ class Features:
                                 "from 0 on, leaving none out, and write -1 for no label")
             self.task = "classification"
             self.outputs = len(classes)
-            self.label = torch.from_numpy(np.int64(label).repeat(clips))
+            self.label = torch.from_numpy(np.int64(rows))
             return
 
-        self._expect(arrays, "label", "f", label.shape)  # whole numbers are classes
         self._refuse("label", (np.abs(label) > 1) & (label != INVALID), "values beyond [-1, 1]")
         if label.any() and np.isin(label, (0, 1)).all():
             raise UserError(f"{self.path}: label is all 0 and 1; write classes as label.argmax(1)")
         self.task = "regression"
         self.outputs = 2
-        label = torch.from_numpy(np.float32(label)).reshape(count, -1, 2)
-        label = label.expand(count, clips, 2).flatten(0, 1)
+        label = torch.from_numpy(np.float32(rows))
         self.label = label.where((label != INVALID).all(1, True), NO_LABEL)
-        self.frame_row = self.label.isfinite().all(1).nonzero().flatten()
-        self.frame_label = self.label[self.frame_row]
-        # stage 2's, checked when they were read
-        if self.backbones and {"frame_row", "frame_label"} <= arrays.keys():
-            self.frame_row = torch.from_numpy(arrays["frame_row"])
-            self.frame_label = torch.from_numpy(arrays["frame_label"])
+        known = has_label(self.label).nonzero().flatten()
+        of_frames = arrays if self.backbones else {}  # stage 2's, checked when they were read
+        self.frame_row = torch.as_tensor(of_frames.get("frame_row", known))
+        self.frame_label = torch.as_tensor(of_frames.get("frame_label", self.label[known]))
 
     def visual(self, row):
         return self.rows["visual"][row]
@@ -1362,17 +1358,15 @@ def main():
         return crop_videos(args.crop, args.root, args.detector, args.workers)
     source = open_dataset(args.check, args.root or f"data/{args.check}", 5,
                           face_start=args.face_start, strict=False)
-    notes = []
-    if len(getattr(source, "label", ())):
+    if hasattr(source, "label"):
         print(source.describe())
         source.check()
         if args.check.startswith("biovid"):  # all five levels are read, two are the default
-            notes = [f"with --classes 5: {fault}" for fault in refused_folds(source)]
+            source.notes += [f"with --classes 5: {fault}" for fault in refused_folds(source)]
             source.label = source.label.where(source.label % 4 == 0, -4) // 4
             source.outputs = 2
         source.faults += refused_folds(source)
-    faults = dict.fromkeys(source.faults)  # a file of many clips is one fault
-    notes = dict.fromkeys([*source.notes, *notes])
+    faults, notes = map(dict.fromkeys, (source.faults, source.notes))  # many clips, one file
     print(*faults, *(f"note: {note}" for note in notes),
           f"{len(faults)} faults, {len(notes)} notes", sep="\n")
     if faults:

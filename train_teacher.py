@@ -240,9 +240,8 @@ def save(path, state):
 def read_checkpoint(path):
     """What torch.save wrote, on the CPU; code in the file is not run."""
     if not Path(path).is_file():
-        beside = " (beside teacher.pt belong stage 1's visual.pt and features.npz)"
-        raise UserError(f"{path}: no such file; give another, or train it first"
-                        + beside * (Path(path).name == "visual.pt"))
+        raise UserError(f"{path}: no such file; give another, or train it first (beside a "
+                        "teacher.pt belong stage 1's visual.pt and features.npz)")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's, about files not its own
             # torch does not compare the checksums that a zip file has
