@@ -87,7 +87,7 @@ class UserError(ValueError):
     """A user's mistake: one line that says what is wrong, where, and what to do; see `run`."""
 
 
-def bar(iterable, text="", quiet=False):
+def bar(iterable, text, quiet=False):
     """Yields what is in it and shows how far it is: a bar on a terminal; elsewhere, a file say, a
     line every half a minute."""
     if quiet or sys.stderr.isatty():
@@ -502,7 +502,7 @@ def expect_whole_videos(folders, where, face_start):
                         "say with --face-start when image 1 was taken (2 if cut to 2-5 s)")
 
 
-def pain_clips(folder, length, face_start=None):
+def pain_clips(folder, length, face_start):
     """Of each of the `length` clips of a sample: folder and names of PAIN_IMAGES equally spaced
     images, and where it begins and ends, in seconds. And how many images the folder has.
 

@@ -271,8 +271,7 @@ def load(path, kind, wanted=None):
                         "give another file, or delete it and train it again") from None
     there = dict(flat(state["settings"]))
     wanted = dict(flat(wanted or {})) or there
-    # of other data all else is a consequence
-    for key in sorted([*wanted, *there], key=lambda key: not key.startswith("data ")):
+    for key in wanted | there:
         old, new = there.get(key), wanted.get(key)
         if key != "root" and old != new:
             raise UserError(f"{path} was trained with {key} {old}, not {new}; use the same flags "
@@ -340,7 +339,7 @@ def from_all(thing, ranks):
 
 
 @torch.inference_mode()
-def answers(forward, batches, ranks):
+def answers(forward, batches, ranks=ALONE):
     """forward(batch) over all batches, concatenated on the CPU: one copy, no step waits for it.
 
     Under torchrun this rank has every world-th batch (`dealt`): all are those of a single process,
@@ -516,8 +515,10 @@ def make_settings(dataset, root=None, synthetic=False, **given):
     source = data.open_dataset(dataset, root, settings.pop("classes"), settings.get("length"),
                                settings["image_size"], face_start=settings["face_start"])
 
-    settings.update(dataset=dataset, root=str(root), synthetic=synthetic, task=source.task,
-                    outputs=source.outputs, length=source.length, data=content(source))
+    # the data first, for `load` names the first difference: of other data all else may follow
+    settings = {"data": content(source)} | settings | dict(
+        dataset=dataset, root=str(root), synthetic=synthetic, task=source.task,
+        outputs=source.outputs, length=source.length)
     if dataset == "features":
         for modality, rows in source.rows.items():
             settings[f"{modality}_dim"] = rows.shape[1]
@@ -816,8 +817,8 @@ def train_fusion(features, fold, settings, run, args):
         # each keeps its own best epoch, chosen on held-out training groups
         model.eval()
         batches = fold.val.index.split(256)
-        found = measure(features, fold.val, answers(output_of, batches, ALONE))
-        mse = answers(squared_error, batches, ALONE).mean().item()
+        found = measure(features, fold.val, answers(output_of, batches))
+        mse = answers(squared_error, batches).mean().item()
         for name, value in (("head", criterion(found)), ("tnet", -mse)):
             best[name] = better(best.get(name), value, epoch, model[name])
 
@@ -900,7 +901,7 @@ def train_teacher(settings, source, args, ranks):
             "multimodal": lambda rows: model["head"](visual[rows], privileged[rows]).output}
         found = {}
         for role, answer_to in forward.items():
-            output = answers(answer_to, fold.test.index.split(256), ALONE)
+            output = answers(answer_to, fold.test.index.split(256))
             found[role] = measure(features, fold.test, output)
             log_videos(run, role, features, fold.test, output)
 
