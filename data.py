@@ -26,7 +26,6 @@ What all scripts share lives here, too: `Parser`, `UserError` (a user's mistake)
 errors into one line, `bar`, and `replacing`, which never leaves half a file.
 """
 import argparse
-import io
 import json
 import math
 import os
@@ -200,10 +199,15 @@ def fold_windows(source, fold, dense=False, folds="subjects", labelled=None):
     return Fold(*samples)
 
 
+def fold_numbers(source):
+    """Five, or one where the data set has a split of its own."""
+    return range(1, 6) if source.split is None else [1]
+
+
 def refused_folds(source):
     """What training says of those of the data set's folds that it refuses."""
     faults = []
-    for fold in range(1, 6) if source.split is None else [1]:
+    for fold in fold_numbers(source):
         with noting(faults):
             fold_windows(source, fold)
     return faults
@@ -267,12 +271,12 @@ def parts(source, fold, folds="subjects"):
 
 
 def aligned(source, windows, output):
-    """What a metric compares of the windows' outputs, (S, classes) or (S, L, 2) -> Aligned.
+    """What a metric compares of the windows' outputs, (S, classes) or (S, L, 2) on the CPU ->
+    Aligned.
 
     A row's valence and arousal are those of the one window that keeps it, and hold for all its
     frames. Samples and frames without a label are left out.
     """
-    output = output.cpu()
     if source.task == "classification":
         chosen = windows.labelled
         return Aligned(output[chosen], windows.label[chosen], windows.index[chosen, 0])
@@ -477,7 +481,7 @@ class BioVid(Source):
             return
 
         self.set_columns(rows, "video name group label images signals")
-        self.label = torch.from_numpy(self.label)
+        self.label = torch.from_numpy(self.label).long()  # numpy 1's integers are short on Windows
 
     def privileged(self, row):
         return pain_spectrogram(read_biosignal(*self.signals[row]))
@@ -906,7 +910,7 @@ class Features:
         label = arrays["label"]
         self._expect("label", label, "iuf" if label.ndim == 1 else "f",  # whole numbers are classes
                      (count,), (count, 2), (count, clips, 2))
-        rows = label.reshape(-1, 2) if label.ndim == 3 else label.repeat(clips, 0)
+        of_rows = label.reshape(-1, 2) if label.ndim == 3 else label.repeat(clips, 0)
         if label.ndim == 1:
             classes = np.unique(label[label != -1]).tolist()
             if classes != [*range(max(len(classes), 2))]:
@@ -914,7 +918,7 @@ class Features:
                                 "from 0 on, leaving none out, and write -1 for no label")
             self.task = "classification"
             self.outputs = len(classes)
-            self.label = torch.from_numpy(np.int64(rows))
+            self.label = torch.from_numpy(np.int64(of_rows))
             return
 
         self._refuse("label", (np.abs(label) > 1) & (label != INVALID), "values beyond [-1, 1]")
@@ -922,7 +926,7 @@ class Features:
             raise UserError(f"{self.path}: label is all 0 and 1; write classes as label.argmax(1)")
         self.task = "regression"
         self.outputs = 2
-        label = torch.from_numpy(np.float32(rows))
+        label = torch.from_numpy(np.float32(of_rows))
         self.label = label.where((label != INVALID).all(1, True), NO_LABEL)
         known = has_label(self.label).nonzero().flatten()
         of_frames = arrays if self.backbones else {}  # stage 2's, checked when they were read
@@ -1366,7 +1370,8 @@ def main():
             source.label = source.label.where(source.label % 4 == 0, -4) // 4
             source.outputs = 2
         source.faults += refused_folds(source)
-    faults, notes = map(dict.fromkeys, (source.faults, source.notes))  # many clips, one file
+    # a file of many clips is one fault
+    faults, notes = map(dict.fromkeys, (source.faults, source.notes))
     print(*faults, *(f"note: {note}" for note in notes),
           f"{len(faults)} faults, {len(notes)} notes", sep="\n")
     if faults:
@@ -1382,7 +1387,7 @@ def lacks_memory(error):
 def run(main):
     """Call main; a user's mistake is one line on stderr and exit code 2 (Ctrl-C: 130)."""
     code = 2
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is none
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
         # files' names may be of any bytes; each line at once, into a file, too, and in one piece:
         # those of several ranks would cut one another
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True, write_through=False)

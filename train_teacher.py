@@ -966,8 +966,7 @@ def parse(argv=None):
 def folds_of(source, settings, wanted):
     """The settings of the teachers of those folds that --fold names: of 1 to 5, or of fold 1 alone
     where the data set has a split of its own. Raises UserError with all that is wrong in any."""
-    folds = range(1, 6) if source.split is None else [1]
-    folds = [fold for fold in folds if {"all", str(fold)} & {*wanted}]
+    folds = [fold for fold in data.fold_numbers(source) if {"all", str(fold)} & {*wanted}]
     if not folds:
         raise UserError(f"--fold {' '.join(wanted)}: {source.path} has its own split into training "
                         "and test; there is only fold 1")
