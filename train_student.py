@@ -69,6 +69,7 @@ from train_teacher import (
     from_all,
     gather,
     heading,
+    in_regime,
     join_ranks,
     keep_progress,
     leave_ranks,
@@ -79,7 +80,6 @@ from train_teacher import (
     make_head,
     make_settings,
     measure,
-    of_fold,
     open_features,
     print_mean,
     ran_on,
@@ -872,7 +872,7 @@ def teacher_settings(args):
         old = load(path, "teacher")["settings"]
         if any(old[key] != settings[key] for key in ("task", "outputs")):
             continue
-        default = of_fold(settings, source, old["fold"])
+        default = in_regime(settings, old["few_labels"])
         changed = {key: old[key] for key in settings if old[key] != default[key]
                    and key not in "fold folds labelled root data".split()}
         of_images = "length face_start image_size".split()  # of a file they are no flags

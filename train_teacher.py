@@ -482,7 +482,7 @@ def keep_progress(path, settings, epoch, model, optimizer, best):
 COMMON = dict(  # section IV-B; the batch size is the backbones', epochs are not in the paper
     classes=2, image_size=112, lr=1e-3, backbone_epochs=30, fusion_epochs=50, fusion_batch_size=64,
     seed=0, amp=False, weights=None, folds="subjects", labelled=None, face_start=None,
-    visual_backbone="r3d18", batch_size=64, fusion_lr=None)  # see `of_fold`
+    visual_backbone="r3d18", batch_size=64, fusion_lr=None)  # see `in_regime`
 DEFAULTS = {  # Table I, and what differs from COMMON
     "biovid_a": dict(fusion="concat", length=1),
     "biovid_b": dict(fusion="mmt", length=1),
@@ -572,15 +572,20 @@ def fold_of(source, settings, dense=False):
 
 
 def of_fold(settings, source, fold):
-    """The settings of one fold's teacher. [ours] few_labels: fewer than half of its training
-    samples have a label. There stage 2 has a higher rate, for the T-Net's sake, and stage 3 draws
-    labelled samples for each step."""
+    """The settings of one fold's teacher, with those of its regime."""
     settings = settings | {"fold": fold}
     labelled = fold_of(source, settings).train.labelled
-    settings["few_labels"] = 2 * int(labelled.sum()) < len(labelled)
-    if settings["fusion_lr"] is None:
-        settings["fusion_lr"] = 1e-3 if settings["few_labels"] else 1e-4
-    return settings
+    return in_regime(settings, 2 * int(labelled.sum()) < len(labelled))
+
+
+def in_regime(settings, few_labels):
+    """Settings where fewer than half of the training samples have a label, or not. [ours] There
+    stage 2 has a higher rate, for the T-Net's sake, and stage 3 draws labelled samples for each
+    step."""
+    lr = settings["fusion_lr"]
+    if lr is None:
+        lr = 1e-3 if few_labels else 1e-4
+    return settings | {"few_labels": few_labels, "fusion_lr": lr}
 
 
 def expect_batch_norm(source, settings):
