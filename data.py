@@ -264,7 +264,8 @@ def parts(source, fold, folds="subjects"):
     test = np.isin(group, groups[fold - 1::5]) if split is None else split == "test"
     rest = groups[np.isin(groups, group[~test])]
     if split is None and len(groups) < 5 or len(rest) < 2 or not test.any():
-        found = f"{len(groups)} groups" if split is None else f"{len(rest)} and {test.sum()} rows"
+        found = (f"{len(groups)} groups" if split is None else
+                 f"{len(rest)} groups to train on and {test.sum()} rows to test")
         raise UserError(f"{source.path}: 5 folds need at least 5 groups (subjects), a split two to "
                         f"train on and a test part; found {found}")
     return np.where(test, "test", np.where(np.isin(group, rest[::8]), "val", "train"))
@@ -1342,7 +1343,7 @@ def parse(argv=None):
     job.add_argument("--crop", type=a_path, metavar="VIDEOS",
                      help="cut the faces out of a video or a folder of videos, into --root/faces")
     add = parser.add_argument
-    add("--detector", default="haar", metavar="FILE",
+    add("--detector", type=os.path.expanduser, default="haar", metavar="FILE",
         help="for --crop: the file of YuNet, else OpenCV 4's Haar cascade")
     allotted = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
     add("--workers", type=int, default=len(allotted(0)),
@@ -1364,9 +1365,14 @@ def main():
                           face_start=args.face_start, strict=False)
     if hasattr(source, "label"):
         print(source.describe())
+        folders = [*source.faults]
         source.check()
         if args.check.startswith("biovid"):  # all five levels are read, two are the default
-            source.notes += [f"with --classes 5: {fault}" for fault in refused_folds(source)]
+            inside = [fault for fault in source.faults if fault not in folders]
+            middle = [fault for fault in inside if re.search("-PA[123]-", fault)]
+            source.faults = [fault for fault in source.faults if fault not in middle]
+            source.notes += [f"with --classes 5: {fault}"
+                             for fault in middle + refused_folds(source)]
             source.label = source.label.where(source.label % 4 == 0, -4) // 4
             source.outputs = 2
         source.faults += refused_folds(source)

@@ -62,6 +62,7 @@ from train_teacher import (
     content,
     criterion,
     dealt,
+    defaults,
     diverged,
     fingerprint,
     fold_of,
@@ -240,7 +241,8 @@ def distil(teacher, features, fold, args, ranks, run=None):
     if run and ranks.rank == 0:
         log_videos(run, f"student {args.method}", features, fold.test, output)
         index, keep, _ = fold.test
-        with data.replacing(finished.with_suffix(".csv")) as part, open(part, "w") as file:
+        with (data.replacing(finished.with_suffix(".csv")) as part,
+              open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file):
             write_predictions(file, settings, features, index, keep, output, known=True)
     record = result_line(
         settings, "student", found, time.time() - begin, **ran, b=b, k_used=args.k, code=code(),
@@ -299,8 +301,9 @@ def what_the_student_sees(features, settings, args):
 
 def expect_same_data(source, settings):
     """Raises UserError unless a data set holds the faces and labels that a teacher was trained on,
-    wherever it lies."""
-    if any(value != settings["data"][key] for key, value in content(source, ["visual"]).items()):
+    wherever it lies; and of a features file that was read whole, the privileged rows."""
+    views = getattr(source, "rows", ["visual"])
+    if any(value != settings["data"][key] for key, value in content(source, views).items()):
         raise UserError(f"{source.path}: its samples are not those that the teacher was trained "
                         "on; train the teacher again, or give the --root it was trained on")
 
@@ -443,7 +446,10 @@ def chosen_teachers(args):
     if not args.fold:
         return [path]
     if "all" in args.fold:
-        return sorted(folds.glob("fold*/teacher.pt"))
+        found = sorted(folds.glob("fold*/teacher.pt"))
+        if not found:
+            raise UserError(f"{folds}: no fold*/teacher.pt in it; give another --teacher")
+        return found
     return [folds / f"fold{fold}/teacher.pt" for fold in args.fold]
 
 
@@ -543,14 +549,17 @@ def write_predictions(file, settings, source, index, keep, output, known=False):
         rows, values = index[keep], output[keep]
     else:
         what, answer = "sample", [f"p({name})" for name in class_names(settings)]
-        names = source.name if settings["dataset"] == "features" else source.video
+        names = source.name
+        if settings["dataset"] != "features":  # BioVid's are <sample>/<clip>
+            names = np.array([name.rpartition("/")[0] for name in names])
         rows, values = index[:, 0], output.softmax(1)
 
     columns = [names[rows.numpy()]]
     header = [what]
     if known:
         label = source.label[rows].reshape(len(rows), -1)
-        columns += [source.group[rows.numpy()], *label.T.tolist()]
+        columns += [source.group[rows.numpy()],
+                    *([f"{value:.4g}" for value in column] for column in label.T.tolist())]
         header += ["group", *(["label"] if label.shape[1] == 1 else [f"label {a}" for a in answer])]
     columns += [[f"{number:.4f}" for number in column] for column in values.T.tolist()]
     write = csv.writer(file, lineterminator="\n").writerow
@@ -603,7 +612,8 @@ class Cell(NamedTuple):
 
     @property
     def undefined(self):
-        return needs_classes(self.flags) and self.column.metric != "accuracy"
+        student = self.flags.role == "student"
+        return student and needs_classes(self.flags) and self.column.metric != "accuracy"
 
     @property
     def never_run(self):
@@ -775,7 +785,8 @@ def fill(table, args, ranks):
             continue
         teachers[cell.which] = []
         if args.print:
-            teachers[cell.which] = recorded_teachers(cell.flags, read_results(results))
+            teachers[cell.which], note = recorded_teachers(cell.flags, read_results(results))
+            notes += note
             continue
         try:
             source, wanted, note = teacher_settings(cell.flags)
@@ -807,7 +818,8 @@ def fill(table, args, ranks):
         role = cell.flags.role
         for teacher in teachers.get(cell.which, []) if role != "student" else ():
             settings = teacher["settings"]
-            cell.runs[settings["fold"], None] = settings | teacher["metrics"][role]
+            if role in teacher["metrics"]:  # a run that was cut off may lack it
+                cell.runs[settings["fold"], None] = settings | teacher["metrics"][role]
         for run, teacher, flags in students_of(cell, teachers):
             line = line_of(teacher, flags, known)
             best = cell.runs.get(run, {"validation": -math.inf})
@@ -836,19 +848,27 @@ def line_of(teacher, args, known):
 
 
 def recorded_teachers(args, known):
-    """What results.jsonl holds of a table's teachers, one a fold, the newest: enough to find the
-    lines of their students, and their own scores, without the data."""
+    """What results.jsonl holds of a table's teachers, one a fold, like the newest: enough to find
+    the lines of their students, and their own scores, without the data; and the note."""
+    lines = [line for line in known if "teacher" in line and line["role"] != "student"
+             and is_of(line, args) and {"all", str(line["fold"])} & {*args.fold}]
+    if not lines:
+        return [], []
+    newest = lines[-1]
+    default = in_regime(defaults(args.dataset, args.synthetic), newest["few_labels"])
+    shared = default.keys() & newest.keys()
     found = {}
-    for line in known:
-        wanted = line["role"] in ("visual", "multimodal") and is_of(line, args)
-        if not wanted or not {"all", str(line["fold"])} & {*args.fold}:
+    for line in lines:
+        if any(line[key] != newest[key] for key in shared - {"classes"}):
             continue
         teacher = found.get(line["fold"])
         if not teacher or teacher["made of"] != line["teacher"]:
             teacher = found[line["fold"]] = {
                 "settings": line, "made of": line["teacher"], "metrics": {}}
         teacher["metrics"][line["role"]] = line
-    return [*found.values()]
+    changed = {key: newest[key] for key in default if key in shared
+               and newest[key] != default[key] and key not in "classes folds labelled".split()}
+    return [*found.values()], note_of(changed, newest)
 
 
 def is_of(line, args):
@@ -884,14 +904,18 @@ def teacher_settings(args):
         if like_it[0]["data"] != old["data"]:
             continue
         settings, source = like_it
-        if changed:
-            note = [f"- {args.dataset}/{variant(settings)}: teachers with "
-                    + ", ".join(f"{key} {value}" for key, value in changed.items())]
+        note = note_of(changed, settings)
         break
     wanted = {}
     for one in folds_of(source, settings, args.fold):
         wanted[run_folder(one, args.out) / "teacher.pt"] = one
     return source, wanted, note
+
+
+def note_of(changed, settings):
+    """A line about what is not the default in a table's teachers, if anything is."""
+    said = ", ".join(f"{key} {value}" for key, value in changed.items())
+    return [f"- {settings['dataset']}/{variant(settings)}: teachers with {said}"] * bool(changed)
 
 
 def ensure_teachers(source, wanted, args, ranks, problems):
@@ -1079,6 +1103,8 @@ def format_lambdas(cells):
 def for_features(table, args):
     """A table's comparison on a features file: the same rows, the file's own metric, no number of
     the paper's."""
+    if not args.root:
+        raise UserError("--dataset features: give its --root FILE.npz, too")
     if args.print:
         lines = read_results(args.out / "results.jsonl")
         task = next((line["task"] for line in lines if Path(line["root"]).stem == args.root.stem),
@@ -1100,10 +1126,9 @@ def choose_table(args):
     table = (TABLES | FIGURES)[args.table or args.figure]
     if args.dataset == "features":
         return for_features(table, args)
-    own = given(args, "classes debias anchors shared transport kl")
-    if own and any(row.paper for row in table.rows):
-        raise UserError(f"{own}: the rows of --table {args.table} stand beside the paper's numbers "
-                        "and say what they are; leave it out, or see --table choices")
+    if args.classes == 5 and any(row.paper for row in table.rows):
+        raise UserError(f"--classes 5: the paper's numbers in {table.title} are of two classes, "
+                        "Table IV's second column of five; leave it out, or see --table choices")
     columns = [column for column in table.columns if args.dataset in (None, column.dataset)]
     if not columns:
         raise UserError(f"--dataset {args.dataset}: {table.title} has no column of it")
@@ -1388,10 +1413,16 @@ def main():
 
 
 def tabulate(args, ranks):
-    rows_own = (args.method, args.role, args.hallucinate) != ("pkdot", "student", "tnet")
-    if rows_own or args.teacher or args.figure == "labels" and args.labelled:
-        raise UserError("--table and --figure choose methods and teachers: leave --method, --role, "
-                        "--hallucinate and --teacher out, with --figure labels also --labelled")
+    own = "method role hallucinate teacher kl"  # what the rows and columns are about
+    if args.figure == "labels":
+        own += " labelled"
+    elif args.figure == "5":
+        own += " anchors shared transport print"
+    elif args.table and args.table != "choices":
+        own += " anchors shared transport debias"
+    if typed := given(args, own):
+        raise UserError(f"{typed}: the rows of --table and --figure say what they are; leave it "
+                        "out, or see --table choices")
     args.fold = args.fold or ["all"]
     args.resume = True  # what is trained already stays
     if args.figure == "5":
@@ -1413,11 +1444,11 @@ def distil_folds(args, ranks):
             raise UserError(f"{others}: {why}; leave it out")
     paths = chosen_teachers(args)
     together = args.finetune and len(paths) == 1  # one that all ranks train
+    teachers = [open_teacher(path) for path in paths]  # all, before the first student
     wait_for_all()
     found = {}
     settings = None  # of a rank that only waits
-    for path in paths if together else trainings_of(paths, "students", ranks):
-        teacher = open_teacher(path)
+    for teacher in teachers if together else trainings_of(teachers, "students", ranks):
         settings = teacher["settings"]
         one = keep_student(teacher, args, ranks if together else ALONE)
         if one:
@@ -1437,8 +1468,10 @@ def keep_student(teacher, args, ranks):
                         "none; choose another method, similarity for one")
     # under --finetune the faces are read anyway
     root = args.root or Path(settings["root"])
-    if not args.finetune and (args.root or root.exists()):
-        expect_same_data(open_faces(settings, args), settings)
+    there = root.is_file() or root.is_dir() and any(root.iterdir())
+    if not args.finetune and (args.root or there):
+        whole = settings["dataset"] == "features"
+        expect_same_data(data.Features(root) if whole else open_faces(settings, args), settings)
     elif not args.finetune and ranks.rank == 0:
         print(f"{root} is not there: the features that were extracted suffice")
     if ranks.rank == 0:

@@ -248,9 +248,9 @@ def read_checkpoint(path):
             if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
                 raise zipfile.BadZipFile
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (MemoryError, PermissionError):
-        raise
     except Exception as error:  # damaged bytes raise all kinds
+        if isinstance(error, PermissionError) or data.lacks_memory(error):
+            raise
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
             raise UserError(f"{path}: holds {code[1]}, which is code and not loaded; save tensors "
@@ -493,6 +493,11 @@ STAND_IN = {  # few samples and a CPU: smaller images, smaller batches, more pas
     "affwild2": dict(image_size=48, batch_size=4, lr=1e-4, backbone_epochs=10, fusion_epochs=20)}
 
 
+def defaults(dataset, synthetic):
+    stand_in = STAND_IN[dataset.partition("_")[0]] if synthetic else {}
+    return COMMON | DEFAULTS[dataset] | stand_in
+
+
 def make_settings(dataset, root=None, synthetic=False, **given):
     """What a teacher is made of, as plain values: what is given, or the data set's default for what
     is None; and the opened data set."""
@@ -508,9 +513,7 @@ def make_settings(dataset, root=None, synthetic=False, **given):
     wait_for_all()
     synthetic = (root / "SYNTHETIC").is_file()
 
-    settings = COMMON | DEFAULTS[dataset]
-    if synthetic:
-        settings |= STAND_IN[dataset.partition("_")[0]]
+    settings = defaults(dataset, synthetic)
     settings.update((key, given[key]) for key in settings if given.get(key) is not None)
     source = data.open_dataset(dataset, root, settings.pop("classes"), settings.get("length"),
                                settings["image_size"], face_start=settings["face_start"])
