@@ -372,12 +372,13 @@ def copied(run, out):
 # paper's. The last line is the answer, and the saved networks give it. A mistake is one line.
 
 README = (SCRIPTS / "README.md").read_text()
+PAGES = README + "".join(path.read_text() for path in SCRIPTS.glob("assets/*.md"))
 SCRIPT = {script.__name__: script for script in (data, train_teacher, train_student)}
 VIEWS = "visual", "privileged"
 
 
 def test_documented_commands_parse():
-    text = README + "".join(script.__doc__ for script in SCRIPT.values())
+    text = PAGES + "".join(script.__doc__ for script in SCRIPT.values())
     commands = re.findall(r"python (train_teacher|train_student|data)\.py([^\n#&`|]*)", text)
     assert {script for script, _ in commands} == SCRIPT.keys()
     for script, line in commands:
@@ -386,7 +387,7 @@ def test_documented_commands_parse():
 
 def test_every_name_in_the_readme_is_there():
     modules = SCRIPT | {module.__name__: module for module in (models, pkdot, sinkhorn)}
-    for module, name in re.findall(r"`(\w+)\.(?!py\b)(\w+)`", README):
+    for module, name in re.findall(r"`(\w+)\.(?!py\b)(\w+)`", PAGES):
         assert module not in modules or hasattr(modules[module], name), name
     assert {*re.findall(r"`(test_\w+)`", README)} < globals().keys()
 

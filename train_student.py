@@ -1082,6 +1082,9 @@ def format_table(table, cells, args):
         text.append(f"| {' | '.join(shown)} |")
 
     text.append("")
+    if any(line["labelled"] for line in lines):
+        text.append("- --labelled hides labels of the training part alone: the validation part, "
+                    "which chooses epochs and lambda, keeps its own")
     text += dict.fromkeys(
         "- fewer than {batch_size} training samples: there batch size {batch_size} is b = {b}"
         .format_map(line) for line in lines if "b" in line and line["b"] < line["batch_size"])
