@@ -848,7 +848,7 @@ NAN = ROWS.index_fill(0, torch.tensor(1), math.nan)
     (pkdot_loss, (ROWS, ROWS, 2, 1, True, "far"), "'far'.*dissimilar.*similar.*random"),
     (pkdot_loss, (NAN, ROWS, 2), r"NaN.*\b2\b.*\b0\b"),
     (pkdot_loss, (ROWS, NAN, 2), r"NaN.*\b0\b.*\b2\b"),
-    (similarity_loss, (ROWS, ROWS, 3), r"k=3.*b=2"),
+    (similarity_loss, (ROWS, ROWS, 5), r"k=5.*b=4"),
     (ccc, (ROWS[0], ROWS[0, :1]), r"\(2,\).*\(1,\)"),
     (ccc, (ROWS[0, :0], ROWS[0, :0]), r"\(0,\)")
 ])
