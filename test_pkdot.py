@@ -538,6 +538,8 @@ BAD = {  # its last flag, or what is given for it, is named
         "--table 2 --print --root x",
         "--root none --figure labels --labelled 20",
         "--root none --figure 5 --lambda 1 2",
+        "--root none --figure 5 --shared-anchors",
+        "--root none --table choices --kl 1",
         "--method none --labelled 60",
         "--lambda 0.1 1",
         "--epsilon 0",
@@ -2044,14 +2046,14 @@ def test_evaluation_and_prediction_need_no_privileged_file(dataset, faces, colum
         rows = index[keep]
         expected = its.student.fuse(its.features.rows["visual"][index]).output
         expected = expected[keep] if dataset == "affwild2" else expected.softmax(1)
+        own = its.features.name[rows]  # of BioVid <sample>/0
+        assert all(name in f"{line}/0" for name, line in zip(own, names, strict=True))
         if known:  # group and label are there, too
             groups, *numbers = numbers
             assert [*groups] == [*map(str, its.features.group[rows])]
             label = its.features.label[rows].reshape(len(rows), -1)
             expected = torch.cat([label, expected], 1)
         else:
-            own = its.features.name[rows]  # of BioVid <sample>/0
-            assert all(name in f"{line}/0" for name, line in zip(own, names, strict=True))
             assert header == columns.split(",")
         assert_allclose(np.float64(numbers).T, expected, atol=1e-4)
 
@@ -2448,6 +2450,9 @@ def test_cells_and_differences_are_of_the_rows_own_runs(line, count, invented):
     assert len(numbers) == count
     if "--figure" in line:
         assert_allclose(points(line[9:]), numbers, atol=1e-9)
+    if "labels" in line:  # fewer than half of 144 or all: each has the rate of its own regime
+        rates = {found["labelled"]: found["fusion_lr"] for found in results(OUT, "multimodal")}
+        assert rates == {35: 1e-3, 70: 1e-3, None: 1e-4}
 
 
 def test_a_table_prints_again_from_its_results_alone(invented):

@@ -1157,7 +1157,8 @@ def print_table(args, ranks):
               "again")
     print(f"\n{time.time() - begin:.0f} s on {args.device}, torch {torch.__version__}")
     if not lines:
-        raise UserError("; ".join(problems))
+        raise UserError("; ".join(problems) or f"{args.out}/results.jsonl holds none of these "
+                        "runs; leave --print out to train them")
     for problem in problems:
         print(problem, file=sys.stderr)
     if args.figure:
