@@ -28,7 +28,7 @@ def pkdot_loss(student, teacher, k=30, epsilon=0.1, debias=True, anchors="dissim
     student, teacher: (b, m) and (b, m') representations of the same b samples; no gradient reaches
     the teacher. k: anchors, 1..b. epsilon: weight of the entropic term in Eq. 5, in units of the
     ground cost 1/2 |x - y|^2. debias: Sinkhorn divergence (zero when student equals teacher);
-    False is Eq. 5 to the letter. anchors: "dissimilar" takes the k samples least similar in the
+    False is Eq. 5 as it stands. anchors: "dissimilar" takes the k samples least similar in the
     teacher (the paper), "similar" the most similar (the first of a row's own is the row itself),
     "random" any (from torch's global generator).
 
@@ -36,7 +36,7 @@ def pkdot_loss(student, teacher, k=30, epsilon=0.1, debias=True, anchors="dissim
     sample in each row, and what rows share is the level of their lowest similarities.
     shared=True: the k samples least similar to the batch on average serve every row, so that a row
     is a position relative to the same landmarks. Either way OT matches the two *sets* of rows: its
-    plan need not pair student i with teacher i; transport=False does, in the plan's place.
+    plan need not pair student i with teacher i; transport=False does instead.
 
     Returns a scalar, in full float32 even under autocast and with TF32 allowed (float64 if given);
     only backward's products of the cosine matrix follow the script's settings. Raises ValueError.

@@ -106,7 +106,7 @@ def sinkhorn_divergence(x, y, epsilon, debias=True, tol=1e-5):
 
     W is Eq. 5 with equal weights and ground cost |x_i - y_j|^2 / 2. The debiased form (Feydy et al.
     2019, the paper's [33]) is 0, with gradient 0, up to rounding for equal clouds; debias=False is
-    W(x, y), Eq. 5 to the letter. Differentiable once, in x and y. Marginals within 3 r (see
+    W(x, y), Eq. 5 as it stands. Differentiable once, in x and y. Marginals within 3 r (see
     `sinkhorn`) are coarse for nearly equal clouds at a small epsilon, whose gradient is a small
     difference: use float64 there, and a smaller tol. ValueError: shapes that do not match, points
     that are not finite, epsilon <= 0. Warns as `sinkhorn` does.

@@ -437,7 +437,7 @@ def teachers_under(out, name):
 
 def chosen_teachers(args):
     """The teacher.pt of --teacher, or the newest under --out, of --dataset and --synthetic if they
-    are given; or the siblings of it that --fold names."""
+    are given; or those beside it that --fold names."""
     name = (args.dataset or "*") + "-synthetic" * args.synthetic
     path = args.teacher or next(iter(teachers_under(args.out, name)), None)
     if not path:
