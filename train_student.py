@@ -462,16 +462,19 @@ def load_student(path):
     a clip; or of a features file's visual rows (B, L, settings["visual_dim"]). Output: logits (B,
     classes), or valence and arousal (B, L, 2). UserError: not a student's checkpoint.
     """
-    state = load(path, "student")
+    return student_of(load(path, "student"))
+
+
+def student_of(state):
     student = build_student(state["settings"])
     student.load_state_dict(state["model"])
     student.settings = state["settings"]
     return student.eval()
 
 
-def student_output(path, source, index, args, ranks):
+def student_output(state, source, index, args, ranks):
     """Output of a saved student for windows of faces, in the precision that it was trained in."""
-    student = load_student(path).to(args.device)
+    student = student_of(state).to(args.device)
     settings = student.settings
     choice = settings["student"]
 
@@ -503,7 +506,7 @@ def evaluate(args, ranks):
     if visual not in (None, settings["data"]["visual"]) and ranks.rank == 0:
         print(f"note: {source.path} holds other visual rows than the student was trained on",
               file=sys.stderr)
-    output = student_output(args.evaluate, source, windows.index, args, ranks)
+    output = student_output(state, source, windows.index, args, ranks)
     found = measure(source, windows, output)
     if ranks.rank == 0:
         print(f"{heading(settings)}, n = {found['n']}: "
@@ -532,7 +535,7 @@ def predict_faces(args, ranks):
     settings = state["settings"]
     source = open_faces(settings, args, args.predict)
     index, keep = data.windows(source.video, source.length)
-    output = student_output(args.student, source, index, args, ranks)
+    output = student_output(state, source, index, args, ranks)
     if ranks.rank > 0:
         return 0
     write_predictions(sys.stdout, settings, source, index, keep, output)
@@ -777,6 +780,7 @@ def fill(table, args, ranks):
     notes = []
     problems = []
     results = args.out / "results.jsonl"
+    recorded = read_results(results) if args.print else []
 
     # the teachers: cells of one data set, with the same classes, labels and folds, share them
     teachers = {}
@@ -785,7 +789,7 @@ def fill(table, args, ranks):
             continue
         teachers[cell.which] = []
         if args.print:
-            teachers[cell.which], note = recorded_teachers(cell.flags, read_results(results))
+            teachers[cell.which], note = recorded_teachers(cell.flags, recorded)
             notes += note
             continue
         try:
@@ -1474,8 +1478,8 @@ def keep_student(teacher, args, ranks):
     root = args.root or Path(settings["root"])
     there = root.is_file() or root.is_dir() and any(root.iterdir())
     if not args.finetune and (args.root or there):
-        whole = settings["dataset"] == "features"
-        expect_same_data(data.Features(root) if whole else open_faces(settings, args), settings)
+        file = settings["dataset"] == "features"
+        expect_same_data(data.Features(root) if file else open_faces(settings, args), settings)
     elif not args.finetune and ranks.rank == 0:
         print(f"{root} is not there: the features that were extracted suffice")
     if ranks.rank == 0:
