@@ -21,7 +21,8 @@ from timeit import repeat
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-BLOCK = 7  # sweeps between two looks at the error: at each look the host waits for the device
+BLOCK = 7  # sweeps between two looks at the error: at each look the host waits for the device;
+SHORT = 4  # and where max|C| is below 2 epsilon, as of trained networks at 0.1: there these will do
 EASY = 8  # max|C| / epsilon where the way down to a small epsilon begins; 8 to 15 do as well
 SAFE_DRIFT = 20  # |log u|, |log v| up to which no entry of the plan is lost to underflow
 
@@ -94,7 +95,7 @@ def ot_cost(cost, epsilon, a=None, b=None):
     cost, marginals = _checked(cost, epsilon, a, b)
     with torch.no_grad(), full_precision(cost.device.type):
         value, _, potentials = _solve(cost, epsilon, marginals)
-        plan = _log_plan(cost, potentials, marginals.log(), epsilon).exp()  # 0 where a weight is 0
+        plan = _log_plan(cost, potentials, marginals.log(), epsilon).exp()
 
     # f and g maximise the dual, so that W moves with C and the weights as if f and g stood still
     # (envelope theorem): dW/dC = pi, dW/da = f, dW/db = g, and backward does not see the sweeps.
@@ -120,29 +121,38 @@ def sinkhorn_divergence(x, y, epsilon, debias=True, tol=1e-5):
     with torch.no_grad(), full_precision(x.device.type):
         # The plan does not change when a cloud is shifted, for that adds to C terms in i or in j
         # alone. About its mean C is small, and float32 exact, however far the clouds are apart.
-        mean_x, mean_y = (z.mean(-2, keepdim=True) for z in inputs)  # (..., 1, d)
-        x, y = x - mean_x, y - mean_y
+        n, m = x.shape[-2], y.shape[-2]
+        clouds = [torch.stack((x, y))] if n == m else [x[None], y[None]]  # at once: fewer launches
+        means = [z.mean(-2, keepdim=True) for z in clouds]
+        clouds = [z - mean for z, mean in zip(clouds, means, strict=True)]
+        grams = [z @ z.mT for z in clouds]
+        halves = [gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) / 2 for gram in grams]
+        x, y = itertools.chain(*clouds)  # (..., n, d), (..., m, d)
+        mean_x, mean_y = itertools.chain(*means)  # (..., 1, d)
+        half_x, half_y = itertools.chain(*halves)  # |x_i|^2 / 2 (..., n, 1), and (..., m, 1)
         gap = mean_x - mean_y
 
-        cost, marginals = _checked(_half_squared_distances(x, y), epsilon)
+        cost = x @ y.mT
+        cost = torch.sub(half_x, cost, out=cost).add_(half_y.mT)  # allocated once
+        cost, marginals = _checked(cost, epsilon)
         value, plan, _ = _solve(cost, epsilon, marginals, tol)
-        value += gap.square().sum((-2, -1)) / 2
+        value.add_((gap @ gap.mT).squeeze((-2, -1)), alpha=0.5)
 
-        n, m = cost.shape[-2:]
-        own_x, own_y = x / n, y / m
+        own = [z / z.shape[-2] for z in clouds]
         if debias:
-            if n == m:  # both at once: half the launches
-                (w_x, w_y), (own_x, own_y) = _solve_symmetric(torch.stack((x, y)), epsilon, tol)
-            else:
-                (w_x, own_x), (w_y, own_y) = (_solve_symmetric(z, epsilon, tol) for z in (x, y))
-            value -= (w_x + w_y) / 2
+            solved = [_solve_symmetric(gram.sub_(half).sub_(half.mT), z, epsilon, tol)
+                      for gram, half, z in zip(grams, halves, clouds, strict=True)]
+            w, own = zip(*solved, strict=True)
+            for w_z in itertools.chain(*w):
+                value.sub_(w_z, alpha=0.5)
+        own_x, own_y = itertools.chain(*own)
 
         # dW(x, y)/dx_i = sum_j pi_ij (x_i - y_j): a pull to where the mass of x_i goes in y, and
         # the debiasing one away from where it goes in x itself. The terms in x_i alone cancel.
-        dx = own_x - plan @ y + gap / n
+        dx = (own_x - plan @ y).add_(gap, alpha=1 / n)
         dy = None
         if inputs[1].requires_grad:  # a teacher's does not
-            dy = own_y - plan.mT @ x - gap / m
+            dy = (own_y - plan.mT @ x).sub_(gap, alpha=1 / m)
 
     return _WithGradient.apply((value, dx, dy), *inputs)[0]
 
@@ -170,11 +180,6 @@ class _WithGradient(torch.autograd.Function):
                        for d in ctx.saved_tensors)
 
 
-def _half_squared_distances(x, y):
-    half_x, half_y = (z.square().sum(-1, keepdim=True) / 2 for z in (x, y))
-    return (x @ -y.mT).add_(half_x).add_(half_y.mT)  # (..., n, m), allocated once
-
-
 def _log_plan(cost, potentials, log_marginals, epsilon):
     """log pi (..., n, m), for what belongs to rows and columns side by side, as in `_solve`."""
     log_u, log_v = (potentials / epsilon + log_marginals).split(cost.shape[-2:], -1)
@@ -194,7 +199,6 @@ def _solve(cost, epsilon, marginals, tol=1e-5, max_iter=1000):
     rounding = unit * largest / epsilon
     tol = max(tol, min(3 * rounding, 0.1))
 
-    marginals = marginals.clamp(min=1e-20)  # points of no weight have a potential, too
     log_marginals = marginals.log()
     ones = torch.ones_like(marginals)
     sizes = cost.shape[-2:]
@@ -205,6 +209,7 @@ def _solve(cost, epsilon, marginals, tol=1e-5, max_iter=1000):
     level_above = inf
     omega = 1.0
     previous = None  # the error one block ago, at epsilon itself
+    block = BLOCK if largest > 2 * epsilon else SHORT
     sweeps = 0
     while True:
         # Absorb: with f and g inside a plan P, sweeps only have to find u, v such that u_i P_ij v_j
@@ -214,7 +219,7 @@ def _solve(cost, epsilon, marginals, tol=1e-5, max_iter=1000):
 
         # Sweep, over-relaxed by omega.
         u, v = ones.split(sizes, -1)
-        for _ in range(BLOCK - 1):
+        for _ in range(block - 1):
             v = _relaxed(v, b / (u @ plan), omega)
             u = _relaxed(u, a / (v @ transposed), omega)
 
@@ -222,31 +227,34 @@ def _solve(cost, epsilon, marginals, tol=1e-5, max_iter=1000):
         # over-relaxed sweeps it is for measure only: taking it would spoil their pace.
         last_v = b / (u @ plan)
         last_u = a / (last_v @ transposed)
-        safe = torch.cat((last_u, last_v), -1).log().abs().max() < SAFE_DRIFT  # NaN is not
-        error = _l1(b - last_v * (last_u @ plan)).where(safe, nan).item()
-        sweeps += BLOCK
+        drift = torch.cat((last_u, last_v), -1).log_()
+        lost = torch.linalg.vector_norm(drift, inf) > SAFE_DRIFT
+        columns = last_u @ plan
+        error = _l1(torch.addcmul(b, last_v, columns, value=-1)).masked_fill_(lost, nan).item()
+        sweeps += block
 
         # u, v left the range of floating-point numbers: the same sweeps, in the log domain.
         if isnan(error):
             f = potentials[..., 0, :sizes[0]]
-            for _ in range(BLOCK):
+            for _ in range(block):
                 f, g = sweep(cost, f, level, a.squeeze(-2), b.squeeze(-2))
             potentials = torch.cat((f, g), -1).unsqueeze(-2)
             omega = 1.0
             plan = _exp_(_log_plan(cost, potentials, log_marginals, level))
             last_u, last_v = ones.split(sizes, -1)
+            drift = torch.zeros_like(ones)
             error = _l1(b - last_u @ plan).item()
 
         done = level == epsilon and (error <= tol or sweeps >= max_iter)
-        if done or omega == 1:
-            u, v = last_u, last_v
-        potentials += level * torch.cat((u, v), -1).log()
+        if not done and omega != 1:
+            drift = torch.cat((u, v), -1).log_()
+        potentials = potentials.add(drift, alpha=level)
         if done:
             break
 
         # Relax: hundreds of sweeps become tens.
         if level == epsilon:
-            omega = _over_relaxation(omega, error, previous)
+            omega = _over_relaxation(omega, error, previous, block)
             previous = error
 
         # Lower epsilon, the further the better the block converged (Schmitzer's epsilon scaling):
@@ -258,11 +266,11 @@ def _solve(cost, epsilon, marginals, tol=1e-5, max_iter=1000):
             level *= min(error ** (1 / 9), 0.8)
             if level < 2 * epsilon:  # not worth a block of its own
                 level = epsilon
-            potentials = potentials + (level_above - level) * slope
+            potentials = potentials.add(slope, alpha=level_above - level)
 
     _warn_above(tol, max(error, rounding), sweeps, epsilon)
-    value = (marginals * potentials).sum((-2, -1))  # the dual, equal to W at the optimum
-    return value, plan.mul_(u.mT).mul_(v), potentials
+    value = (marginals @ potentials.mT).squeeze((-2, -1))  # the dual, equal to W at the optimum
+    return value, plan.mul_(last_u.mT).mul_(last_v), potentials
 
 
 def _relaxed(old, new, omega):
@@ -270,7 +278,7 @@ def _relaxed(old, new, omega):
     return new if omega == 1 else (new / old).pow_(omega).mul_(old)
 
 
-def _over_relaxation(omega, error, previous):
+def _over_relaxation(omega, error, previous, block):
     """The next block's omega. Near the optimum a sweep is a Gauss-Seidel step; if the plain one
     converges at rate r, omega = 2 / (1 + sqrt(1 - r)) is best (Lehmann et al. 2022). Young's (1954)
     (rate + omega - 1)^2 = r omega^2 rate gives r from the rate just seen; 1.6 is a first guess.
@@ -280,12 +288,12 @@ def _over_relaxation(omega, error, previous):
         return 1.6
     if error > 1.02 * previous:
         return 1.0
-    rate = max((error / previous) ** (1 / BLOCK), omega - 1)
+    rate = max((error / previous) ** (1 / block), omega - 1)
     plain_rate = min((rate + omega - 1) ** 2 / (rate * omega**2), 0.9999)  # keeps omega below 1.98
     return 2 / (1 + sqrt(1 - plain_rate))
 
 
-def _solve_symmetric(x, epsilon, tol):
+def _solve_symmetric(minus_cost, x, epsilon, tol):
     """A cloud x (..., n, d) against itself -> W (...), and plan @ x (..., n, d).
 
     Here f = g: n times the plan is u_i K_ij u_j with K = exp(-C / epsilon), so that u = 1 / (K u).
@@ -294,7 +302,7 @@ def _solve_symmetric(x, epsilon, tol):
     operator by l (1 - l) / 2 <= 1/8, at any epsilon. K_ii = 1 keeps u below 1: nothing underflows.
     """
     n = x.shape[-2]
-    kernel = _exp_(_half_squared_distances(x, x).div_(-epsilon))
+    kernel = _exp_(minus_cost.div_(epsilon))
     u = kernel.sum(-2, keepdim=True).rsqrt_()
     sweeps = 0
     while True:
@@ -318,7 +326,7 @@ def _exp_(x):
 
 
 def _l1(residual):
-    return residual.abs().sum(-1).max()  # (..., 1, n): the worst problem's
+    return torch.linalg.vector_norm(residual, 1, -1).max()  # (..., 1, n): the worst problem's
 
 
 def _warn_above(tol, error, sweeps, epsilon):
@@ -352,7 +360,7 @@ def _marginal(name, w, like):
     off = (total - 1).abs().max()
     if not off < 1e-4:
         raise ValueError(f"{name} must sum to 1, got a sum off by {off:.3g}")
-    return w / total
+    return w / total + 1e-20  # points of no weight have a potential, too
 
 
 # ------------------------------------------------------------------------------------ benchmark
