@@ -46,7 +46,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from scipy.io import wavfile
-from scipy.signal import resample_poly, spectrogram
+from scipy.signal import fftconvolve, resample_poly, spectrogram
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms.functional import pil_to_tensor, resize
@@ -87,20 +87,11 @@ class UserError(ValueError):
 
 
 def bar(iterable, text, quiet=False):
-    """Yields what is in it and shows how far it is: a bar on a terminal; elsewhere, a file say, a
-    line every half a minute."""
-    if quiet or sys.stderr.isatty():
-        yield from tqdm(iterable, text, leave=False, disable=quiet)
-        return
-    start = last = time.monotonic()
-    for done, item in enumerate(iterable, 1):
-        yield item
-        now = time.monotonic()
-        if now > last + 30:
-            last = now
-            left = (now - start) / done * (len(iterable) - done)
-            print(f"{text} {done} of {len(iterable)}, about {left / 60:.0f} min left",
-                  file=sys.stderr)
+    """Shows how far an iteration is: a bar on a terminal; elsewhere, a file say, a line every half
+    a minute."""
+    in_file = {} if sys.stderr.isatty() else dict(
+        mininterval=30, delay=30, bar_format="{desc} {n} of {total}, {remaining} left\n")
+    return tqdm(iterable, text, leave=False, disable=quiet, **in_file)
 
 
 class Windows(NamedTuple):
@@ -204,12 +195,12 @@ def fold_numbers(source):
     return range(1, 6) if source.split is None else [1]
 
 
-def refused_folds(source):
-    """What training says of those of the data set's folds that it refuses."""
+def refused_folds(source, numbers, folds="subjects", labelled=None):
+    """What training says of those of the numbered folds that it refuses."""
     faults = []
-    for fold in fold_numbers(source):
+    for fold in numbers:
         with noting(faults):
-            fold_windows(source, fold)
+            fold_windows(source, fold, False, folds, labelled)
     return faults
 
 
@@ -456,7 +447,7 @@ class BioVid(Source):
                           if not (crops := faces / csv.parent.name / csv.name[:-8]).is_dir()]
         expect_whole_videos(folders, faces, face_start)
 
-        self.frames = 0
+        self.frames = self.others = 0
         rows = []  # the attributes of each; video is the sample's number
         for folder in folders:
             subject, sample = folder.parts[-2:]
@@ -469,7 +460,9 @@ class BioVid(Source):
                 if csv and not csv.is_file():
                     raise UserError(f"{csv}: missing, but its face crops are there; extract it "
                                     f"again or remove {folder}")
-                if match[1] in levels:
+                if match[1] not in levels:
+                    self.others += 1
+                else:
                     clips, found = pain_clips(folder, length, face_start)
                     self.frames += found
                     rows += [(len(rows) // length, f"{sample}/{clip}", subject,
@@ -491,7 +484,7 @@ class BioVid(Source):
         classes = ", ".join(f"{name} {int((self.label == i).sum())}"
                             for i, name in enumerate(self.LEVELS[self.outputs]))
         return (f"{len(set(self.group))} subjects, {len(set(self.video))} samples, {self.frames} "
-                f"frames, classes {classes}")
+                f"frames, classes {classes}, {self.others} samples of other levels not used")
 
 
 def expect_whole_videos(folders, where, face_start):
@@ -806,14 +799,15 @@ class Faces(Source):
 
 
 def walk(folder, above=()):
-    """Yields the folder and those below it, each with its files; links are followed."""
+    """Yields the folder and those below it, each with its files, and the folders that are passed
+    over; links are followed."""
     if (real := folder.resolve()) in above:  # it lies in what it links to
         return
-    inside = sorted(folder.iterdir())
-    yield folder, [path for path in inside if path.name[0] != "." and not path.is_dir()]
-    for path in inside:
-        if path.is_dir() and not re.match(LITTER, path.name):
-            yield from walk(path, (*above, real))
+    inside = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
+    below = [path for path in inside if path.is_dir() and not re.match(LITTER, path.name)]
+    yield folder, [path for path in inside if path not in below]
+    for path in below:
+        yield from walk(path, (*above, real))
 
 
 class Features:
@@ -889,6 +883,9 @@ class Features:
             with noting(self.faults):
                 self._expect(key, arrays[key], "Uiu", (count,))
                 setattr(self, key, arrays[key].repeat(clips))
+        if "group" not in arrays:
+            self.notes.append(f"{self.path}: holds no group, so that a person may be in training "
+                              "and test")
         self.name = self.name.astype(str)
         self._need(len(np.unique(self.name)) == count,  # an evaluation finds its samples by name
                    "name holds the same one twice; number them")
@@ -915,8 +912,8 @@ class Features:
         if label.ndim == 1:
             classes = np.unique(label[label != -1]).tolist()
             if classes != [*range(max(len(classes), 2))]:
-                raise UserError(f"{self.path}: label has classes {classes[:9]}; number two or more "
-                                "from 0 on, leaving none out, and write -1 for no label")
+                raise UserError(f"{self.path}: label has classes {classes[:9] or 'none'}; number two "
+                                "or more from 0 on, leaving none out, and write -1 for no label")
             self.task = "classification"
             self.outputs = len(classes)
             self.label = torch.from_numpy(np.int64(of_rows))
@@ -1038,8 +1035,8 @@ def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileg
 # on the scores of single modalities and of their fusion, to come out in Table I's order; no student
 # and no distillation method was looked at.
 NOISE = {"biovid_a": (0.60, 0.20), "biovid_b": (0.60, 0.45), "affwild2": (0.25, 0.60)}
-SUBJECTS = 24  # BioVid's,
-REPEATS = 8  # and each one's samples of a level
+SUBJECTS = 22  # BioVid's,
+LEVELS = 2 * [0, 1, 2, 3, 4] + 6 * [0, 4]  # and those of each one's samples
 VIDEOS = 32  # Affwild2's
 FACE = 56  # pixels
 
@@ -1047,13 +1044,13 @@ FACE = 56  # pixels
 def write_stand_in(dataset, root):
     """Write the synthetic data set to root, unless it is there; never touches other data."""
     root = Path(root)
-    recipe = json.dumps({"dataset": dataset, "noise": NOISE[dataset], "version": 2}) + "\n"
+    recipe = json.dumps({"dataset": dataset, "noise": NOISE[dataset], "version": 3}) + "\n"
     mark = root / "SYNTHETIC"
     if not root.exists():
         print(f"writing a synthetic stand-in of {dataset} to {root}")
         write = write_affwild2 if dataset == "affwild2" else write_biovid
         with replacing(root) as part:
-            write(dataset, part, np.random.default_rng(0))
+            write(part, np.random.default_rng(0), *NOISE[dataset])
             (part / mark.name).write_text(recipe)
     if not mark.is_file() or mark.read_text() != recipe:
         what = "another stand-in: delete it, or" if mark.is_file() else "not a stand-in:"
@@ -1061,80 +1058,74 @@ def write_stand_in(dataset, root):
 
 
 def draw_faces(identity, expressions):
-    """Cartoon faces, uint8 (T, FACE, FACE, 3), of one identity (8 numbers in [-1, 1]).
+    """Cartoon faces, uint8 (T, FACE, FACE, 3), of one identity (6 numbers in [-1, 1]).
 
     Expressions (4, T) in about [-1, 1]: brow lowering, eye opening, mouth opening, smile.
     """
+    width, height, apart, *tone = identity
     brow, eye, mouth, smile = np.float32(expressions)[..., None, None]  # (T, 1, 1)
     axis = np.linspace(-1, 1, FACE, dtype=np.float32)
-    y = axis[:, None]
-    x = np.abs(axis)  # the right half is the left one's mirror image
+    x, y = np.abs(axis), axis[:, None]  # the right half is the left one's mirror image
 
     def blob(cx, cy, rx, ry):
         return (4 * (1 - ((x - cx) / rx) ** 2 - ((y - cy) / ry) ** 2)).clip(0, 1)
 
-    width, height, apart, low, wide = identity[:5]
-    oval = blob(0, 0, 0.75 + 0.1 * width, 0.92 + 0.06 * height)
+    skin = blob(0, 0, 0.75 + 0.1 * width, 0.92 + 0.06 * height)
     curve = smile.clip(-1, 1) * 1.5 * (0.03 - x**2)  # raises the mouth's corners
-    lips = blob(0, 0.45 + 0.05 * low + curve, 0.3 + 0.05 * wide, (0.1 + 0.09 * mouth).clip(0.03))
+    lips = blob(0, 0.45 + curve, 0.3, (0.1 + 0.09 * mouth).clip(0.03))
     side = 0.33 + 0.05 * apart
     eyes = blob(side, -0.22, 0.17, 0.07 + 0.045 * eye.clip(-1, 1))
-    brows = 0.8 * blob(side, -0.52 + 0.03 * low + 0.1 * brow, 0.22, 0.06)
-    dark = np.maximum(np.maximum(lips, eyes), brows)[..., None]  # (T, FACE, FACE, 1)
-    skin = [205, 160, 130] + 30 * identity[5:]
-    image = 70 + oval[..., None] * (skin - 70)
-    return np.uint8(image * (1 - 0.75 * dark))  # never below 17 or above 235
+    brows = blob(side, -0.52 + 0.1 * brow, 0.22, 0.06)
+    light = 1 - 0.75 * (lips + eyes + brows).clip(0, 1)  # (T, FACE, FACE)
+    color = 70 + skin[..., None] * (np.array([135, 90, 60]) + 30 * np.array(tone))
+    return np.uint8(light[..., None] * color)
 
 
-def write_jpegs(folder, prefix, faces, keep):
+def write_faces(folder, prefix, first, faces, rng):
+    """A jpg a face, numbered from `first` on, but for a while that the face detector lost it."""
     folder.mkdir(parents=True)
-    for i in np.flatnonzero(keep):
-        Image.fromarray(faces[i]).save(folder / f"{prefix}{i + 1:05d}.jpg", quality=90)
+    lost = rng.integers(0, len(faces) - 20)
+    lost = range(lost, lost + rng.integers(1, 20))
+    for i, face in enumerate(faces):
+        if i not in lost:
+            Image.fromarray(face).save(folder / f"{prefix}{first + i:05d}.jpg", quality=90)
 
 
-def write_biovid(dataset, root, rng):
-    noise_v, noise_p = NOISE[dataset]
+def write_biovid(root, rng, noise_v, noise_p):
     for person in bar(range(SUBJECTS), "subjects"):
         subject = f"{person + 1:02d}0109_{'mw'[person % 2]}_{20 + person}"
-        identity = rng.uniform(-1, 1, 8)
+        identity = rng.uniform(-1, 1, 6)
         gain = rng.normal(1, 0.15)
         reactive = 0.15 if person % 6 == 5 else 1.0  # some subjects hardly react
         signals = root / "biosignals_filtered" / subject
         signals.mkdir(parents=True)
-        for n in range(5 * REPEATS):
-            level = n % 5
+        for n, level in enumerate(LEVELS):
             sample = f"{subject}-{BioVid.LEVELS[5][level]}-{n + 81:03d}"
             hidden = reactive * level / 4
-            t = np.arange(138) / FPS
-            shown = (hidden + noise_v * rng.normal()) * (t / 1.5).clip(0, 1)
-            shown += 0.05 * rng.normal(size=t.size)
-            keep = np.ones(t.size, bool)
-            if n % 4 == 3:  # the face detector lost the face for a while
-                lost = rng.integers(0, 110)
-                keep[lost:lost + rng.integers(1, 20)] = False
+            shown = hidden + noise_v * rng.normal() + 0.05 * rng.normal(size=80)
             faces = draw_faces(identity, [shown, 0.6 - shown, shown - 0.3, 0 * shown])
-            write_jpegs(root / "faces" / subject / sample, "img_", faces, keep)
+            write_faces(root / "faces" / subject / sample, "img_", 50, faces, rng)
 
-            t = np.arange(2816 + n % 2) / SIGNAL_RATE
+            t = np.arange(2816 + n // 2 % 2) / SIGNAL_RATE
             felt = (hidden + noise_p * rng.normal()) * (t / 1.5).clip(0, 1)
             tension = 3 * gain * np.exp(0.9 * felt)  # a muscle's noise has the power of its effort
-            skin, trapezius, corrugator, zygomaticus = rng.normal(size=(t.size, 4)).T
-            table = np.column_stack([t * 1e6, 5 + 0.5 * gain + 2.0 * felt + 0.01 * skin,
-                                     np.exp(-((t * 1.2 % 1 - 0.5) / 0.02) ** 2), 3 * trapezius,
-                                     tension * corrugator, tension * zygomaticus])
+            skin, heart, trapezius, corrugator, zygomaticus = rng.normal(size=(5, t.size))
+            table = [t * 1e6, 5 + 0.5 * gain + 2.0 * felt + 0.01 * skin, heart, 3 * trapezius,
+                     tension * corrugator, tension * zygomaticus]
             # Real headers carry blanks, too.
-            np.savetxt(signals / f"{sample}_bio.csv", table, "%d" + 5 * "\t%.4f", comments="",
-                       header="time\tgsr\tecg\temg_trapezius\t emg_corrugator\temg_zygomaticus")
+            np.savetxt(signals / f"{sample}_bio.csv", np.transpose(table), "%d" + 5 * "\t%.4f",
+                       header="time\tgsr\tecg\temg_trapezius\t emg_corrugator\temg_zygomaticus",
+                       comments="")
 
 
 def _wander(rng, frames):
-    """A smooth random course with standard deviation about 1."""
+    """Two smooth random courses with standard deviation about 1, (2, frames)."""
     kernel = np.hanning(120)
-    noise = rng.normal(size=frames + 119)
-    return np.convolve(noise, kernel / np.sqrt((kernel**2).sum()), mode="valid")
+    noise = rng.normal(size=(2, frames + 119))
+    return fftconvolve(noise, kernel[None] / np.linalg.norm(kernel), "valid", axes=1)
 
 
-def write_affwild2(dataset, root, rng):
+def write_affwild2(root, rng, noise_v, noise_p):
     labels = root / "annotations/VA_Estimation_Challenge"
     audio = root / "audio"
     for folder in (labels / "Train_Set", labels / "Validation_Set", audio):
@@ -1147,24 +1138,19 @@ def write_affwild2(dataset, root, rng):
         fps = 25 if video == "video5" else 30
         frames = 550 if video.startswith("video3_") else rng.integers(400, 700)
         # valence and arousal: their course, and how face and voice show them
-        hidden = np.stack([0.25 * rng.normal() + 0.35 * _wander(rng, frames) for _ in "va"])
-        (valence, arousal), heard = (
-            hidden / 0.4 + noise / 0.4 * np.stack([_wander(rng, frames) for _ in "va"])
-            for noise in NOISE[dataset])
+        hidden = 0.25 * rng.normal(size=(2, 1)) + 0.35 * _wander(rng, frames)
+        (valence, arousal), heard = ((hidden + noise * _wander(rng, frames)) / 0.4
+                                     for noise in (noise_v, noise_p))
 
-        keep = np.ones(frames, bool)
-        lost = rng.integers(0, frames - 60)
-        keep[lost:lost + rng.integers(5, 50)] = False
-        faces = draw_faces(rng.uniform(-1, 1, 8), [-0.5 * arousal, 0.6 * arousal, 0.4 * arousal,
+        faces = draw_faces(rng.uniform(-1, 1, 6), [-0.5 * arousal, 0.6 * arousal, 0.4 * arousal,
                                                    0.6 * valence]).repeat(2, 1).repeat(2, 2)
-        write_jpegs(root / "cropped_aligned" / video, "", faces, keep)
+        write_faces(root / "cropped_aligned" / video, "", 1, faces, rng)
 
         table = hidden.T.clip(-1, 1)
         lost = rng.integers(0, frames - 100)
-        table[lost:lost + 40, n % 2] = -5  # a stretch that nobody could label
+        table[lost:lost + 40, n % 2] = INVALID  # a stretch that nobody could label
         rows = np.arange(frames + n % 3 - 1)  # one more or less than there are frames
-        table = table.take(rows, 0, mode="clip")
-        np.savetxt(labels / part / f"{video}.txt", table, "%.3f", ",",
+        np.savetxt(labels / part / f"{video}.txt", table.take(rows, 0, mode="clip"), "%.3f", ",",
                    header="valence,arousal", comments="")
 
         if not video.endswith("_right"):  # the pair's sound is the left one's
@@ -1348,6 +1334,8 @@ def parse(argv=None):
     allotted = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
     add("--workers", type=int, default=len(allotted(0)),
         help="for --crop: processes; default: the CPUs that this one may use, %(default)s")
+    add("--classes", type=int, choices=(2, 5), default=2,
+        help="for --check of BioVid: the classes that are read; default 2, BL1 and PA4")
     add("--face-start", type=float, help="for --check: where image 1 lies, seconds")
     add("--root", type=a_path, help="default: data/<data set>, with -synthetic for a stand-in")
     return parser.parse_args(argv)
@@ -1361,21 +1349,12 @@ def main():
         if not args.root:
             raise UserError("--crop needs --root, the folder to write faces/ into")
         return crop_videos(args.crop, args.root, args.detector, args.workers)
-    source = open_dataset(args.check, args.root or f"data/{args.check}", 5,
+    source = open_dataset(args.check, args.root or f"data/{args.check}", args.classes,
                           face_start=args.face_start, strict=False)
     if hasattr(source, "label"):
         print(source.describe())
-        folders = [*source.faults]
         source.check()
-        if args.check.startswith("biovid"):  # all five levels are read, two are the default
-            inside = [fault for fault in source.faults if fault not in folders]
-            middle = [fault for fault in inside if re.search("-PA[123]-", fault)]
-            source.faults = [fault for fault in source.faults if fault not in middle]
-            source.notes += [f"with --classes 5: {fault}"
-                             for fault in middle + refused_folds(source)]
-            source.label = source.label.where(source.label % 4 == 0, -4) // 4
-            source.outputs = 2
-        source.faults += refused_folds(source)
+        source.faults += refused_folds(source, fold_numbers(source))
     # a file of many clips is one fault
     faults, notes = map(dict.fromkeys, (source.faults, source.notes))
     print(*faults, *(f"note: {note}" for note in notes),
@@ -1403,7 +1382,7 @@ def run(main):
         finally:
             sys.stdout.flush()  # a closed pipe shows here rather than at the interpreter's exit
         return
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         # a DataLoader worker hands it on behind its traceback
         line = re.split(r"\n[\w.]*Error: ", str(error))[-1].strip()
         if isinstance(error, UserError):
@@ -1418,6 +1397,9 @@ def run(main):
             asked = re.search(r" for \d[\d.]* ?\w+|$", line.replace("allocate", "for"))[0]
             line = (f"not enough memory{asked}; lower --batch-size, --fusion-batch-size, "
                     "--image-size or, with --finetune, --chunk; a features file must fit in whole")
+        elif "more than 1 value per channel" in line:
+            line = ("a batch, or a rank's share of it, leaves batch norm one value a channel: "
+                    "change --batch-size or --image-size")
         elif isinstance(error, OSError):
             line += "; check the path, or give another"
             sys.stdout = open(os.devnull, "w")  # what it still holds must not fail again at exit

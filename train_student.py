@@ -64,23 +64,24 @@ from train_teacher import (
     dealt,
     defaults,
     diverged,
+    few_labels,
     fingerprint,
     fold_of,
     folds_of,
     from_all,
+    fusion_lr,
     gather,
     heading,
-    in_regime,
     join_ranks,
     keep_progress,
     leave_ranks,
     load,
-    log_videos,
     made_of,
     make_backbone,
     make_head,
     make_settings,
     measure,
+    one_at_a_time,
     open_features,
     print_mean,
     ran_on,
@@ -165,12 +166,13 @@ def distil(teacher, features, fold, args, ranks, run=None):
     first, best = start_or_resume(trained, optimizer, progress, progress_of, args.resume and run)
 
     epochs = choice["epochs"]
+    few = few_labels(fold.train)
     fault = None
     for epoch in bar(range(first, epochs), f"{args.method} fold {settings['fold']}"):
         # S wants b rows: the rest, fewer than b, is dropped
         seed_all(args.seed, 3, epoch + 1)
         batches = torch.randperm(samples)[:samples - samples % b].split(b)
-        if settings["few_labels"]:  # by chance, a batch has one or two
+        if few:  # by chance, a batch has one or two
             drawn = labelled[torch.randint(len(labelled), (len(batches), DRAWN))]
             batches = [*map(torch.cat, zip(batches, drawn, strict=True))]
         shares = [share(batch, ranks) for batch in batches]
@@ -191,15 +193,14 @@ def distil(teacher, features, fold, args, ranks, run=None):
             s, t = (Fused(*(part[rows] for part in of)) for of, rows in
                     ((s, slice(b)), (targets, batch[:b])))
             W = distillation_loss(s, t, args)
-            loss = loss_gt + choice["lambda"] * W  # Eq. 9
-            if args.kl:
-                loss = loss + args.kl * kl_loss(s.output, t.output)  # [ours]
+            KL = kl_loss(s.output, t.output) if args.kl else torch.zeros_like(W)
+            loss = loss_gt + choice["lambda"] * W + args.kl * KL  # Eq. 9, and --kl [ours]
 
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            terms.append(torch.stack([loss_gt, W]).detach())
-        means, fault = step_means(terms, ["L_gt", "W"], epoch)
+            terms.append(torch.stack([loss_gt, W, KL]).detach())
+        means, fault = step_means(terms, ["L_gt", "W", "KL"], epoch)
         if fault:
             break
 
@@ -213,13 +214,13 @@ def distil(teacher, features, fold, args, ranks, run=None):
         before = None if args.select == "last" else best
         best = better(before, criterion(found), epoch, trained)
 
-        # the two terms of every epoch go to log.jsonl, those of ten to the screen
+        # the terms of every epoch go to log.jsonl, those of ten to the screen
         if run and ranks.rank == 0:
-            loss_gt, W = means
+            loss_gt, W, KL = means
             lambda_w = choice["lambda"] * W
             append_line(run / "log.jsonl", dict(
                 stage="student", method=args.method, seed=args.seed, epoch=epoch + 1,
-                loss_gt=loss_gt, w=W, lambda_w=lambda_w, **found))
+                loss_gt=loss_gt, w=W, lambda_w=lambda_w, kl_beside=KL, **found))
             if epoch % max(epochs // 10, 1) == 0 or epoch + 1 == epochs:
                 tqdm.write(f"epoch {epoch + 1:3d}  L_gt {loss_gt:.4f}  lambda W {lambda_w:.4f}  "
                            f"{where} {show(found)}")
@@ -239,7 +240,6 @@ def distil(teacher, features, fold, args, ranks, run=None):
     output = student_answers(network, seen, fold.test.index, args, ranks)
     found = measure(features, fold.test, output)
     if run and ranks.rank == 0:
-        log_videos(run, f"student {args.method}", features, fold.test, output)
         index, keep, _ = fold.test
         with (data.replacing(finished.with_suffix(".csv")) as part,
               open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file):
@@ -807,6 +807,8 @@ def fill(table, args, ranks):
         for _, teacher, flags in students_of(cell, teachers):
             if not line_of(teacher, flags, known):
                 missing[json.dumps(choices(flags, teacher))] = teacher, flags
+    if missing and ranks.rank == 0:
+        print(f"students to train: {len(missing)}", file=sys.stderr)
     wait_for_all()
     for teacher, flags in bar(trainings_of([*missing.values()], "students", ranks), "students"):
         try:
@@ -859,20 +861,20 @@ def recorded_teachers(args, known):
     if not lines:
         return [], []
     newest = lines[-1]
-    default = in_regime(defaults(args.dataset, args.synthetic), newest["few_labels"])
-    shared = default.keys() & newest.keys()
+    default = defaults(args.dataset, args.synthetic)
+    default["fusion_lr"] = fusion_lr(default, newest["few_labels"])
+    del default["classes"]
     found = {}
     for line in lines:
-        if any(line[key] != newest[key] for key in shared - {"classes"}):
-            continue
-        teacher = found.get(line["fold"])
-        if not teacher or teacher["made of"] != line["teacher"]:
-            teacher = found[line["fold"]] = {
-                "settings": line, "made of": line["teacher"], "metrics": {}}
-        teacher["metrics"][line["role"]] = line
-    changed = {key: newest[key] for key in default if key in shared
-               and newest[key] != default[key] and key not in "classes folds labelled".split()}
-    return [*found.values()], note_of(changed, newest)
+        if all(line.get(key) == newest.get(key) for key in default):
+            teacher = found.setdefault(line["teacher"], {
+                "settings": line, "made of": line["teacher"], "metrics": {}})
+            teacher["metrics"][line["role"]] = line
+    changed = {key: newest[key] for key, value in default.items()
+               if newest[key] != value and key not in ("folds", "labelled")}
+    # a fold's last one
+    return [*{one["settings"]["fold"]: one for one in found.values()}.values()], note_of(
+        changed, newest)
 
 
 def is_of(line, args):
@@ -896,9 +898,8 @@ def teacher_settings(args):
         old = load(path, "teacher")["settings"]
         if any(old[key] != settings[key] for key in ("task", "outputs")):
             continue
-        default = in_regime(settings, old["few_labels"])
-        changed = {key: old[key] for key in settings if old[key] != default[key]
-                   and key not in "fold folds labelled root data".split()}
+        changed = {key: old[key] for key in settings if old[key] != settings[key]
+                   and key not in "folds labelled root data".split()}
         of_images = "length face_start image_size".split()  # of a file they are no flags
         if args.dataset == "features" and any(key in changed for key in of_images):
             continue
@@ -1474,35 +1475,36 @@ def keep_student(teacher, args, ranks):
     if needs_classes(args) and settings["task"] == "regression":
         raise UserError("--method kl and --kl compare class probabilities, and valence/arousal has "
                         "none; choose another method, similarity for one")
-    # under --finetune the faces are read anyway
-    root = args.root or Path(settings["root"])
-    there = root.is_file() or root.is_dir() and any(root.iterdir())
-    if not args.finetune and (args.root or there):
-        file = settings["dataset"] == "features"
-        expect_same_data(data.Features(root) if file else open_faces(settings, args), settings)
-    elif not args.finetune and ranks.rank == 0:
-        print(f"{root} is not there: the features that were extracted suffice")
+    if not args.finetune:  # which reads the faces anyway
+        root = args.root or Path(settings["root"])
+        there = root.is_file() or root.is_dir() and any(root.iterdir())
+        if args.root or there:
+            file = settings["dataset"] == "features"
+            expect_same_data(data.Features(root) if file else open_faces(settings, args), settings)
+        elif ranks.rank == 0:
+            print(f"{root} is not there: the features that were extracted suffice")
     if ranks.rank == 0:
         print(f"{teacher['path']}, test: visual only {show(found['visual'])}, "
               f"teacher {show(found['multimodal'])}")
 
     whole = settings | {"student": choices(args, teacher)}
-    old = args.resume and finished.exists() and load(finished, "student")
-    done = old and old["settings"] | {"root": None} == whole | {"root": None}
-    if done:
-        record = old["record"]
-    else:
-        features, fold = teacher_data(teacher, args)
-        record, student = distil(teacher, features, fold, args, ranks, run)
-    if ranks.rank > 0:
-        return
-    if done:
-        print(f"{finished} is finished")
-    else:
-        state = student_state(student, whole, features, fold)
-        save(finished, state | {"record": record})
-        finished.with_suffix(".progress").unlink(missing_ok=True)
-        append_line(args.out / "results.jsonl", record)
+    with one_at_a_time(finished, ranks) as waited:
+        old = (args.resume or waited) and finished.exists() and load(finished, "student")
+        done = old and old["settings"] | {"root": None} == whole | {"root": None}
+        if done:
+            record = old["record"]
+        else:
+            features, fold = teacher_data(teacher, args)
+            record, student = distil(teacher, features, fold, args, ranks, run)
+        if ranks.rank > 0:
+            return
+        if done:
+            print(f"{finished} is finished")
+        else:
+            state = student_state(student, whole, features, fold)
+            save(finished, state | {"record": record})
+            finished.with_suffix(".progress").unlink(missing_ok=True)
+            append_line(args.out / "results.jsonl", record)
     found = {"visual": found["visual"], f"student, {args.method}": record,
              "multimodal": found["multimodal"]}
     print(f"{heading(settings)}, n = {record['n_test']}: {answer(found)}")

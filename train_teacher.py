@@ -158,21 +158,22 @@ def trainings_of(jobs, what, ranks):
 
 
 @contextmanager
-def one_at_a_time(folder, ranks):
-    """In this block no other command works in a folder. Yields whether another one did until now:
-    of two that train the same thing, the second uses what the first has finished.
+def one_at_a_time(path, ranks):
+    """In this block no other command trains what lies at the path, a fold's folder or a student.
+    Yields whether another one did until now: of two that train the same thing, the second uses what
+    the first has finished.
 
-    The lock, a file beside the folder, ends with its process, however that ends. Where a file
-    system knows no locks, nobody waits.
+    The lock, a file beside it, ends with its process, however that ends. Where a file system knows
+    no locks, nobody waits.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     waited = False
-    with open(folder.with_name(f".{folder.name}.lock"), "a") as file:
+    with open(path.with_name(f".{path.name}.lock"), "a") as file:
         try:
             if ranks.rank == 0:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{folder}: another process trains here; this one waits for it")
+            print(f"{path}: another process trains it; this one waits")
             fcntl.flock(file, fcntl.LOCK_EX)
             waited = True
         except (OSError, AttributeError):
@@ -304,7 +305,7 @@ def ran_on(args, ranks, fold):
     cuda = args.device.type == "cuda"
     of = torch.cuda.get_device_name(args.device) if cuda else f"threads {torch.get_num_threads()}"
     return dict(device=f"{args.device}, {of}", processes=ranks.world,
-                unlabelled=int((~fold.train.labelled).sum()))
+                unlabelled=int((~fold.train.labelled).sum()), few_labels=few_labels(fold.train))
 
 
 def start_log(run, settings, **ran):
@@ -372,17 +373,6 @@ def measure(source, windows, output):
 def criterion(found):
     """What the best epoch is chosen by: accuracy, or the mean of the two CCCs."""
     return found["accuracy"] if "accuracy" in found else (found["valence"] + found["arousal"]) / 2
-
-
-def log_videos(run, role, source, windows, output):
-    """A line of log.jsonl: each video's own CCC of valence and arousal, and its labelled frames."""
-    if source.task == "classification":
-        return
-    prediction, label, row = data.aligned(source, windows, output)
-    video = source.video[row.numpy()]
-    videos = {str(name): metrics(prediction[video == name], label[video == name])
-              for name in np.unique(video)}
-    append_line(run / "log.jsonl", {"test_videos_of": role, "videos": videos})
 
 
 def heading(settings):
@@ -482,7 +472,7 @@ def keep_progress(path, settings, epoch, model, optimizer, best):
 COMMON = dict(  # section IV-B; the batch size is the backbones', epochs are not in the paper
     classes=2, image_size=112, lr=1e-3, backbone_epochs=30, fusion_epochs=50, fusion_batch_size=64,
     seed=0, amp=False, weights=None, folds="subjects", labelled=None, face_start=None,
-    visual_backbone="r3d18", batch_size=64, fusion_lr=None)  # see `in_regime`
+    visual_backbone="r3d18", batch_size=64, fusion_lr=None)  # see `fusion_lr`
 DEFAULTS = {  # Table I, and what differs from COMMON
     "biovid_a": dict(fusion="concat", length=1),
     "biovid_b": dict(fusion="mmt", length=1),
@@ -574,37 +564,16 @@ def fold_of(source, settings, dense=False):
     return fold_windows(source, settings["fold"], dense, settings["folds"], settings["labelled"])
 
 
-def of_fold(settings, source, fold):
-    """The settings of one fold's teacher, with those of its regime."""
-    settings = settings | {"fold": fold}
-    labelled = fold_of(source, settings).train.labelled
-    return in_regime(settings, 2 * int(labelled.sum()) < len(labelled))
+def few_labels(train):
+    """Whether fewer than half of the training part's labels are there. [ours] Then stage 2 has a
+    higher rate, for the T-Net's sake, and stage 3 draws labelled samples for each step."""
+    return data.has_label(train.label).double().mean().item() < 0.5
 
 
-def in_regime(settings, few_labels):
-    """Settings where fewer than half of the training samples have a label, or not. [ours] There
-    stage 2 has a higher rate, for the T-Net's sake, and stage 3 draws labelled samples for each
-    step."""
+def fusion_lr(settings, few):
+    """Stage 2's rate: that of --fusion-lr or the data set, else the regime's."""
     lr = settings["fusion_lr"]
-    if lr is None:
-        lr = 1e-3 if few_labels else 1e-4
-    return settings | {"few_labels": few_labels, "fusion_lr": lr}
-
-
-def expect_batch_norm(source, settings):
-    """Raises UserError if stage 1's last batch, the smallest, leaves batch norm one value a
-    channel: as one clip of 8 images does in I3D at 32 pixels."""
-    size = settings["batch_size"]
-    train = fold_of(source, settings).train
-    least = (int(train.labelled.sum()) - 1) % size + 1
-    shape = source.visual(int(train.index[0, 0])).shape
-    try:
-        with torch.device("meta"):  # shapes alone: costs nothing
-            clips = torch.empty(least * settings["length"], *shape)
-            make_backbone("visual", settings).features(clips)
-    except ValueError:
-        raise UserError(f"--batch-size {size}: in fold {settings['fold']} the last batch is too "
-                        f"small for batch norm at this --image-size; change one of them") from None
+    return (1e-3 if few else 1e-4) if lr is None else lr
 
 
 def make_backbone(modality, settings):
@@ -776,7 +745,7 @@ def extract_features(single, backbones, source, settings, path, args, ranks):
     data.save_features(path, arrays | {"backbones": backbones})
 
 
-def train_fusion(features, fold, settings, run, args):
+def train_fusion(features, fold, settings, lr, run, args):
     """Stage 2, second half: fusion head on the task loss, T-Net on MSE(T(visual), privileged); the
     best epoch of each. Samples without a label are pairs of modalities, and count for the T-Net.
     """
@@ -784,7 +753,7 @@ def train_fusion(features, fold, settings, run, args):
     progress_of = settings | {"backbones": features.backbones}
     seed_all(settings["seed"], 2)
     model = nn.ModuleDict({"head": make_head(settings), "tnet": models.TNet()}).to(args.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings["fusion_lr"], fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     first, best = start_or_resume(model, optimizer, progress, progress_of, args.resume)
     visual, privileged = features.rows.values()
     index = fold.train.index.to(args.device)
@@ -875,11 +844,12 @@ def train_teacher(settings, source, args, ranks):
         old = path.exists() and load(path, "teacher", settings)
         fold = fold_of(source, settings)
         ran = ran_on(args, ranks, fold)
+        lr = fusion_lr(settings, ran["few_labels"])
         if ranks.rank == 0:
             print(f"{run}: {source.describe()}; samples train {len(fold.train.index)}, "
                   f"val {len(fold.val.index)}, test {len(fold.test.index)}")
             start_log(run, settings, **ran, batch_size=settings["batch_size"],
-                      fusion_batch_size=settings["fusion_batch_size"])
+                      fusion_batch_size=settings["fusion_batch_size"], fusion_lr=lr)
 
         # stage 1, or what is there of it
         single = {modality: train_backbone(modality, source, fold, settings, folder, args, ranks)
@@ -899,7 +869,7 @@ def train_teacher(settings, source, args, ranks):
             return None
         features = open_features(folder, settings, args.device)
         fold = fold_of(features, settings, dense=True)
-        model = train_fusion(features, fold, settings, run, args)
+        model = train_fusion(features, fold, settings, lr, run, args)
 
         # the test fold, once
         visual, privileged = features.rows.values()
@@ -911,7 +881,6 @@ def train_teacher(settings, source, args, ranks):
         for role, answer_to in forward.items():
             output = answers(answer_to, fold.test.index.split(256))
             found[role] = measure(features, fold.test, output)
-            log_videos(run, role, features, fold.test, output)
 
         state = dict(kind="teacher", settings=settings, metrics=found, backbones=backbones,
                      head=model["head"].state_dict(), tnet=model["tnet"].state_dict())
@@ -919,8 +888,8 @@ def train_teacher(settings, source, args, ranks):
         (run / "fusion.progress").unlink(missing_ok=True)
         for role, values in found.items():
             append_line(args.out / "results.jsonl",
-                        result_line(settings, role, values, time.time() - start, **ran,
-                                    teacher=made_of(state)))
+                        result_line(settings | {"fusion_lr": lr}, role, values,
+                                    time.time() - start, **ran, teacher=made_of(state)))
     return found
 
 
@@ -979,15 +948,10 @@ def folds_of(source, settings, wanted):
         raise UserError(f"--fold {' '.join(wanted)}: {source.path} has its own split into training "
                         "and test; there is only fold 1")
 
-    teachers = []
-    faults = []
-    for fold in folds:
-        with data.noting(faults):
-            teachers.append(of_fold(settings, source, fold))
-            expect_batch_norm(source, teachers[-1])
+    faults = data.refused_folds(source, folds, settings["folds"], settings["labelled"])
     if faults:
         raise UserError("; ".join(dict.fromkeys(faults)))
-    return teachers
+    return [settings | {"fold": fold} for fold in folds]
 
 
 def main():
