@@ -87,11 +87,20 @@ class UserError(ValueError):
 
 
 def bar(iterable, text, quiet=False):
-    """Shows how far an iteration is: a bar on a terminal; elsewhere, a file say, a line every half
-    a minute."""
-    in_file = {} if sys.stderr.isatty() else dict(
-        mininterval=30, delay=30, bar_format="{desc} {n} of {total}, {remaining} left\n")
-    return tqdm(iterable, text, leave=False, disable=quiet, **in_file)
+    """Yields what is in it and shows how far it is: a bar on a terminal; elsewhere, a file say, a
+    line every half a minute."""
+    if quiet or sys.stderr.isatty():
+        yield from tqdm(iterable, text, leave=False, disable=quiet)
+        return
+    start = last = time.monotonic()
+    for done, item in enumerate(iterable, 1):
+        yield item
+        now = time.monotonic()
+        if now > last + 30:
+            last = now
+            left = (now - start) / done * (len(iterable) - done)
+            print(f"{text} {done} of {len(iterable)}, about {left / 60:.0f} min left",
+                  file=sys.stderr)
 
 
 class Windows(NamedTuple):
@@ -115,13 +124,6 @@ class Fold(NamedTuple):
     train: Windows
     val: Windows
     test: Windows
-
-
-class Aligned(NamedTuple):
-    """What a metric compares, one line a labelled sample (classes) or frame (valence/arousal)."""
-    prediction: Tensor  # (T, C), or float64 (T, 2)
-    label: Tensor  # int64 (T,), or float64 (T, 2)
-    row: Tensor  # (T,) the source's row that the line belongs to
 
 
 def has_label(label):
@@ -263,21 +265,21 @@ def parts(source, fold, folds="subjects"):
 
 
 def aligned(source, windows, output):
-    """What a metric compares of the windows' outputs, (S, classes) or (S, L, 2) on the CPU ->
-    Aligned.
+    """What a metric compares of the windows' outputs, (S, classes) or (S, L, 2) on the CPU:
+    prediction (T, C) and label int64 (T,) of each labelled sample, or float64 (T, 2) of each frame.
 
     A row's valence and arousal are those of the one window that keeps it, and hold for all its
     frames. Samples and frames without a label are left out.
     """
     if source.task == "classification":
         chosen = windows.labelled
-        return Aligned(output[chosen], windows.label[chosen], windows.index[chosen, 0])
+        return output[chosen], windows.label[chosen]
     kept = windows.index[windows.keep]
     of_row = torch.zeros(len(source.label), 2, dtype=torch.float64)
     of_row[kept] = output.double()[windows.keep]
     frames = torch.isin(source.frame_row, kept)
     row = source.frame_row[frames]
-    return Aligned(of_row[row], source.frame_label[frames].double(), row)
+    return of_row[row], source.frame_label[frames].double()
 
 
 def image_files(folder, prefix, first=0):
@@ -805,7 +807,7 @@ def walk(folder, above=()):
         return
     inside = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
     below = [path for path in inside if path.is_dir() and not re.match(LITTER, path.name)]
-    yield folder, [path for path in inside if path not in below]
+    yield folder, sorted({*inside} - {*below})
     for path in below:
         yield from walk(path, (*above, real))
 
@@ -912,8 +914,9 @@ class Features:
         if label.ndim == 1:
             classes = np.unique(label[label != -1]).tolist()
             if classes != [*range(max(len(classes), 2))]:
-                raise UserError(f"{self.path}: label has classes {classes[:9] or 'none'}; number two "
-                                "or more from 0 on, leaving none out, and write -1 for no label")
+                raise UserError(f"{self.path}: label has {len(classes)} classes {classes[:9]}; "
+                                "number two or more from 0 on, leaving none out, and write -1 for "
+                                "no label")
             self.task = "classification"
             self.outputs = len(classes)
             self.label = torch.from_numpy(np.int64(of_rows))
@@ -1025,7 +1028,8 @@ def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileg
         source = BioVid(root, dataset, classes, length or 1, image_size, privileged, face_start)
     if source.faults and strict:
         first, *more = source.faults
-        hint = f" (and {len(more)} more: python data.py --check {dataset} --root {root})"
+        hint = (f" (and {len(more)} more: python data.py --check {dataset} --classes {classes} "
+                f"--root {root})")
         raise UserError(first + hint * bool(more))
     return source
 

@@ -21,8 +21,8 @@ from timeit import repeat
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-BLOCK = 7  # sweeps between two looks at the error: at each look the host waits for the device;
-SHORT = 4  # and where max|C| is below 2 epsilon, as of trained networks at 0.1: there these will do
+BLOCK = 7  # sweeps between two looks at the error: at each look the host waits for the device
+SHORT = 4  # the same where max|C| is up to 2 epsilon: there a few sweeps suffice
 EASY = 8  # max|C| / epsilon where the way down to a small epsilon begins; 8 to 15 do as well
 SAFE_DRIFT = 20  # |log u|, |log v| up to which no entry of the plan is lost to underflow
 
@@ -119,32 +119,26 @@ def sinkhorn_divergence(x, y, epsilon, debias=True, tol=1e-5):
     inputs = x, y = x.to(dtype), y.to(dtype)
 
     with torch.no_grad(), full_precision(x.device.type):
-        # The plan does not change when a cloud is shifted, for that adds to C terms in i or in j
-        # alone. About its mean C is small, and float32 exact, however far the clouds are apart.
+        # two clouds of one size go side by side, (2, ..., n, d): half the launches
         n, m = x.shape[-2], y.shape[-2]
-        clouds = [torch.stack((x, y))] if n == m else [x[None], y[None]]  # at once: fewer launches
-        means = [z.mean(-2, keepdim=True) for z in clouds]
-        clouds = [z - mean for z, mean in zip(clouds, means, strict=True)]
-        grams = [z @ z.mT for z in clouds]
-        halves = [gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) / 2 for gram in grams]
-        x, y = itertools.chain(*clouds)  # (..., n, d), (..., m, d)
-        mean_x, mean_y = itertools.chain(*means)  # (..., 1, d)
-        half_x, half_y = itertools.chain(*halves)  # |x_i|^2 / 2 (..., n, 1), and (..., m, 1)
+        clouds = [*map(_centred, [torch.stack((x, y))] if n == m else [x[None], y[None]])]
+        (x, _, half_x, mean_x), (y, _, half_y, mean_y) = (
+            one for cloud in clouds for one in zip(*cloud, strict=True))
         gap = mean_x - mean_y
 
         cost = x @ y.mT
-        cost = torch.sub(half_x, cost, out=cost).add_(half_y.mT)  # allocated once
+        cost = torch.sub(half_x, cost, out=cost).add_(half_y.mT)  # |x_i - y_j|^2 / 2, in one place
         cost, marginals = _checked(cost, epsilon)
         value, plan, _ = _solve(cost, epsilon, marginals, tol)
         value.add_((gap @ gap.mT).squeeze((-2, -1)), alpha=0.5)
 
-        own = [z / z.shape[-2] for z in clouds]
         if debias:
-            solved = [_solve_symmetric(gram.sub_(half).sub_(half.mT), z, epsilon, tol)
-                      for gram, half, z in zip(grams, halves, clouds, strict=True)]
-            w, own = zip(*solved, strict=True)
+            w, own = zip(*(_solve_symmetric(z, gram, half, epsilon, tol)
+                           for z, gram, half, _ in clouds), strict=True)
             for w_z in itertools.chain(*w):
                 value.sub_(w_z, alpha=0.5)
+        else:
+            own = [z / z.shape[-2] for z, *_ in clouds]
         own_x, own_y = itertools.chain(*own)
 
         # dW(x, y)/dx_i = sum_j pi_ij (x_i - y_j): a pull to where the mass of x_i goes in y, and
@@ -178,6 +172,19 @@ class _WithGradient(torch.autograd.Function):
 
         return None, *(None if grad is None or d is None else d * grad[..., None, None]
                        for d in ctx.saved_tensors)
+
+
+def _centred(z):
+    """Of clouds z (..., n, d): the points about their mean, their products z z^T (..., n, n), their
+    half squared norms (..., n, 1), and the mean (..., 1, d).
+
+    The plan does not change when a cloud is shifted, for that adds to C terms in i or in j alone.
+    About its mean C is small, and float32 exact, however far the clouds are apart.
+    """
+    mean = z.mean(-2, keepdim=True)
+    z = z - mean
+    gram = z @ z.mT
+    return z, gram, gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) / 2, mean
 
 
 def _log_plan(cost, potentials, log_marginals, epsilon):
@@ -229,8 +236,8 @@ def _solve(cost, epsilon, marginals, tol=1e-5, max_iter=1000):
         last_u = a / (last_v @ transposed)
         drift = torch.cat((last_u, last_v), -1).log_()
         lost = torch.linalg.vector_norm(drift, inf) > SAFE_DRIFT
-        columns = last_u @ plan
-        error = _l1(torch.addcmul(b, last_v, columns, value=-1)).masked_fill_(lost, nan).item()
+        residual = torch.addcmul(b, last_v, last_u @ plan, value=-1)
+        error = _l1(residual).masked_fill_(lost, nan).item()  # NaN, too, if u or v holds any
         sweeps += block
 
         # u, v left the range of floating-point numbers: the same sweeps, in the log domain.
@@ -293,8 +300,8 @@ def _over_relaxation(omega, error, previous, block):
     return 2 / (1 + sqrt(1 - plain_rate))
 
 
-def _solve_symmetric(minus_cost, x, epsilon, tol):
-    """A cloud x (..., n, d) against itself -> W (...), and plan @ x (..., n, d).
+def _solve_symmetric(x, gram, half, epsilon, tol):
+    """A cloud of `_centred` (gram is overwritten) to itself -> W (...), and plan @ x (..., n, d).
 
     Here f = g: n times the plan is u_i K_ij u_j with K = exp(-C / epsilon), so that u = 1 / (K u).
     The step from u to v = 1 / (K u) swings around the solution; the mean of log v and log 1 / (K v)
@@ -302,7 +309,7 @@ def _solve_symmetric(minus_cost, x, epsilon, tol):
     operator by l (1 - l) / 2 <= 1/8, at any epsilon. K_ii = 1 keeps u below 1: nothing underflows.
     """
     n = x.shape[-2]
-    kernel = _exp_(minus_cost.div_(epsilon))
+    kernel = _exp_(gram.sub_(half).sub_(half.mT).div_(epsilon))
     u = kernel.sum(-2, keepdim=True).rsqrt_()
     sweeps = 0
     while True:

@@ -64,7 +64,6 @@ from train_teacher import (
     dealt,
     defaults,
     diverged,
-    few_labels,
     fingerprint,
     fold_of,
     folds_of,
@@ -149,7 +148,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
     if run and ranks.rank == 0 and b < args.batch_size:
         print(f"warning: only {samples} training samples; batches are of {b} and k is {args.k}",
               file=sys.stderr)
-    ran = ran_on(args, ranks, fold)
+    ran = ran_on(args, ranks, features, settings)
     if run and ranks.rank == 0:
         start_log(run, settings, **ran, batch_size=b)
 
@@ -166,13 +165,12 @@ def distil(teacher, features, fold, args, ranks, run=None):
     first, best = start_or_resume(trained, optimizer, progress, progress_of, args.resume and run)
 
     epochs = choice["epochs"]
-    few = few_labels(fold.train)
     fault = None
     for epoch in bar(range(first, epochs), f"{args.method} fold {settings['fold']}"):
         # S wants b rows: the rest, fewer than b, is dropped
         seed_all(args.seed, 3, epoch + 1)
         batches = torch.randperm(samples)[:samples - samples % b].split(b)
-        if few:  # by chance, a batch has one or two
+        if ran["few_labels"]:  # by chance, a batch has one or two
             drawn = labelled[torch.randint(len(labelled), (len(batches), DRAWN))]
             batches = [*map(torch.cat, zip(batches, drawn, strict=True))]
         shares = [share(batch, ranks) for batch in batches]
@@ -214,7 +212,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
         before = None if args.select == "last" else best
         best = better(before, criterion(found), epoch, trained)
 
-        # the terms of every epoch go to log.jsonl, those of ten to the screen
+        # the terms of every epoch go to log.jsonl, Eq. 9's of ten to the screen
         if run and ranks.rank == 0:
             loss_gt, W, KL = means
             lambda_w = choice["lambda"] * W
@@ -867,9 +865,10 @@ def recorded_teachers(args, known):
     found = {}
     for line in lines:
         if all(line.get(key) == newest.get(key) for key in default):
-            teacher = found.setdefault(line["teacher"], {
-                "settings": line, "made of": line["teacher"], "metrics": {}})
+            teacher = found.pop(line["teacher"], None) or {
+                "settings": line, "made of": line["teacher"], "metrics": {}}
             teacher["metrics"][line["role"]] = line
+            found[line["teacher"]] = teacher
     changed = {key: newest[key] for key, value in default.items()
                if newest[key] != value and key not in ("folds", "labelled")}
     # a fold's last one
@@ -1490,21 +1489,20 @@ def keep_student(teacher, args, ranks):
     whole = settings | {"student": choices(args, teacher)}
     with one_at_a_time(finished, ranks) as waited:
         old = (args.resume or waited) and finished.exists() and load(finished, "student")
-        done = old and old["settings"] | {"root": None} == whole | {"root": None}
-        if done:
+        if old and old["settings"] | {"root": None} == whole | {"root": None}:
             record = old["record"]
+            if ranks.rank == 0:
+                print(f"{finished} is finished")
         else:
             features, fold = teacher_data(teacher, args)
             record, student = distil(teacher, features, fold, args, ranks, run)
-        if ranks.rank > 0:
-            return
-        if done:
-            print(f"{finished} is finished")
-        else:
-            state = student_state(student, whole, features, fold)
-            save(finished, state | {"record": record})
-            finished.with_suffix(".progress").unlink(missing_ok=True)
-            append_line(args.out / "results.jsonl", record)
+            if ranks.rank == 0:
+                state = student_state(student, whole, features, fold)
+                save(finished, state | {"record": record})
+                finished.with_suffix(".progress").unlink(missing_ok=True)
+                append_line(args.out / "results.jsonl", record)
+    if ranks.rank > 0:
+        return
     found = {"visual": found["visual"], f"student, {args.method}": record,
              "multimodal": found["multimodal"]}
     print(f"{heading(settings)}, n = {record['n_test']}: {answer(found)}")

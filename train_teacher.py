@@ -173,7 +173,7 @@ def one_at_a_time(path, ranks):
             if ranks.rank == 0:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{path}: another process trains it; this one waits")
+            print(f"{path}: another process works on it; this one waits")
             fcntl.flock(file, fcntl.LOCK_EX)
             waited = True
         except (OSError, AttributeError):
@@ -300,12 +300,25 @@ def append_line(path, record):
         file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
 
 
-def ran_on(args, ranks, fold):
-    """What a training ran on, beside its settings: for the screen, its log and results.jsonl."""
+def ran_on(args, ranks, source, settings):
+    """What a training ran on, beside its settings: for the screen, its log and results.jsonl.
+
+    few_labels: whether fewer than half of the training samples have a label. [ours] Then stage 2
+    has a higher rate, for the T-Net's sake, and stage 3 draws labelled samples for each step.
+    """
     cuda = args.device.type == "cuda"
     of = torch.cuda.get_device_name(args.device) if cuda else f"threads {torch.get_num_threads()}"
+    labelled = fold_of(source, settings).train.labelled
+    few = 2 * int(labelled.sum()) < len(labelled)
     return dict(device=f"{args.device}, {of}", processes=ranks.world,
-                unlabelled=int((~fold.train.labelled).sum()), few_labels=few_labels(fold.train))
+                unlabelled=int((~labelled).sum()), few_labels=few,
+                fusion_lr=fusion_lr(settings, few))
+
+
+def fusion_lr(settings, few):
+    """Stage 2's rate: that of --fusion-lr or of the data set, else the regime's."""
+    lr = settings["fusion_lr"]
+    return (1e-3 if few else 1e-4) if lr is None else lr
 
 
 def start_log(run, settings, **ran):
@@ -366,8 +379,7 @@ def clip_answers(network, source, modality, index, settings, args, ranks):
 
 def measure(source, windows, output):
     """`metrics` of the windows' outputs: what the tables show."""
-    prediction, label, _ = data.aligned(source, windows, output)
-    return metrics(prediction, label)
+    return metrics(*data.aligned(source, windows, output))
 
 
 def criterion(found):
@@ -562,18 +574,6 @@ def stage_1_folder(run, settings):
 def fold_of(source, settings, dense=False):
     """The training, validation and test samples of a teacher, and of all of its students."""
     return fold_windows(source, settings["fold"], dense, settings["folds"], settings["labelled"])
-
-
-def few_labels(train):
-    """Whether fewer than half of the training part's labels are there. [ours] Then stage 2 has a
-    higher rate, for the T-Net's sake, and stage 3 draws labelled samples for each step."""
-    return data.has_label(train.label).double().mean().item() < 0.5
-
-
-def fusion_lr(settings, few):
-    """Stage 2's rate: that of --fusion-lr or the data set, else the regime's."""
-    lr = settings["fusion_lr"]
-    return (1e-3 if few else 1e-4) if lr is None else lr
 
 
 def make_backbone(modality, settings):
@@ -843,13 +843,12 @@ def train_teacher(settings, source, args, ranks):
         start = time.time()
         old = path.exists() and load(path, "teacher", settings)
         fold = fold_of(source, settings)
-        ran = ran_on(args, ranks, fold)
-        lr = fusion_lr(settings, ran["few_labels"])
+        ran = ran_on(args, ranks, source, settings)
         if ranks.rank == 0:
             print(f"{run}: {source.describe()}; samples train {len(fold.train.index)}, "
                   f"val {len(fold.val.index)}, test {len(fold.test.index)}")
             start_log(run, settings, **ran, batch_size=settings["batch_size"],
-                      fusion_batch_size=settings["fusion_batch_size"], fusion_lr=lr)
+                      fusion_batch_size=settings["fusion_batch_size"])
 
         # stage 1, or what is there of it
         single = {modality: train_backbone(modality, source, fold, settings, folder, args, ranks)
@@ -869,7 +868,7 @@ def train_teacher(settings, source, args, ranks):
             return None
         features = open_features(folder, settings, args.device)
         fold = fold_of(features, settings, dense=True)
-        model = train_fusion(features, fold, settings, lr, run, args)
+        model = train_fusion(features, fold, settings, ran["fusion_lr"], run, args)
 
         # the test fold, once
         visual, privileged = features.rows.values()
@@ -888,8 +887,8 @@ def train_teacher(settings, source, args, ranks):
         (run / "fusion.progress").unlink(missing_ok=True)
         for role, values in found.items():
             append_line(args.out / "results.jsonl",
-                        result_line(settings | {"fusion_lr": lr}, role, values,
-                                    time.time() - start, **ran, teacher=made_of(state)))
+                        result_line(settings, role, values, time.time() - start, **ran,
+                                    teacher=made_of(state)))
     return found
 
 
