@@ -1320,7 +1320,7 @@ def crop_videos(videos, root, detector, workers):
                     for folder in targets if folder.is_dir())[:10]
     print("fewest faces:", *fewest, *faults, sep="\n")
     print(f"{len(targets)} videos, {len(targets) - len(todo)} there already, {len(faults)} failed; "
-          f"{sum(frames)} frames, {sum(missing)} without a face; {len(others)} other files not used"
+          f"{sum(frames)} frames, {sum(missing)} without a face; {len(others)} others not used"
           f"{': ' * bool(others)}{', '.join(map(str, others[:9]))}")
     sys.exit(bool(faults))
 

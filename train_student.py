@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
+from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import chain, product
@@ -1102,8 +1103,8 @@ def format_lambdas(cells):
     for (row, column), (*_, flags, runs) in cells.items():
         student = flags.role == "student" and flags.method != "none"
         if runs and student and len(flags.lambdas) > 1:
-            chosen = ", ".join(f"{line['lambda']:g} (fold {fold}, seed {seed})"
-                               for (fold, seed), line in runs.items())
+            times = Counter(line["lambda"] for line in runs.values())
+            chosen = ", ".join(f"{times[weight]} times {weight:g}" for weight in sorted(times))
             yield f"- lambda chosen on validation, {row}, {column}: {chosen}"
 
 
