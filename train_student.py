@@ -602,7 +602,7 @@ class Table(NamedTuple):
     title: str
     columns: list
     rows: list
-    reference: tuple | None  # of a figure: row (None: the same) and series to compare to
+    reference: tuple  # row (None: the same) and series that differences are to
 
 
 class Cell(NamedTuple):
@@ -639,7 +639,7 @@ TABLE_I = {
     "features": "features file: visual (prevalent) + privileged"}
 
 
-def table_of(title, columns, text, reference=None):
+def table_of(title, columns, text, reference=("PKDOT", "")):
     """A table of lines "label | flags | the paper's number in each column". A line without numbers
     is not in the paper; one with "-" for flags is others' work, and not run."""
     rows = []
@@ -948,9 +948,9 @@ def interval(ours, theirs):
     where a fifth of the data is for testing and the held-out groups count as training data.
     """
     by_fold = {}
-    for (fold, seed), value in ours.items():
-        other = theirs.get((fold, seed), theirs.get((fold, None)))
-        if other is not None:
+    for fold, seed in ours.keys() | theirs.keys():
+        value, other = (one.get((fold, seed), one.get((fold, None))) for one in (ours, theirs))
+        if value is not None and other is not None:
             by_fold.setdefault(fold, []).append(value - other)
     sample = [statistics.mean(d) for d in by_fold.values()]
     shared = 1 / 4
@@ -966,7 +966,7 @@ def interval(ours, theirs):
 
 
 class Point(NamedTuple):
-    """A cell in numbers: over its runs, and its difference to another cell (`compared`) with a 95 %
+    """A cell in numbers: over its runs, and its difference to `reference_of` it with a 95 %
     interval, NaN below two pairs."""
     mean: float
     sd: float
@@ -977,74 +977,54 @@ class Point(NamedTuple):
 
 
 def points_of(table, cells):
-    """{(row, column): Point} of a table's cells."""
+    """{(row, column): Point} of a table's cells. Folds that are divided otherwise have no pairs."""
     points = {}
     for key, cell in cells.items():
         values = [*cell.values.values()]
         mean = statistics.mean(values) if values else math.nan
         sd = statistics.stdev(values) if len(values) > 1 else 0.0
-        ours, theirs, _ = compared(table, cells, cell)
-        difference = interval(ours.values, theirs.values) or [math.nan] * 3
-        points[key] = Point(mean, sd, len(values), *difference)
+        other = reference_of(table, cells, cell)
+        paired = cell.flags.folds == other.flags.folds and interval(cell.values, other.values)
+        points[key] = Point(mean, sd, len(values), *(paired or [math.nan] * 3))
     return points
 
 
-def compared(table, cells, cell):
-    """The two cells that a cell's difference is of, and its name: a table's PKDOT minus the cell,
-    or a figure's cell minus its reference."""
-    row, column, *_ = cell
-    name = f"{row.label}, {column.heading}"
-    if not table.reference:
-        return cells["PKDOT", column.heading], cell, f"PKDOT minus {name}"
+def reference_of(table, cells, cell):
+    """The cell that a cell's difference is to."""
     label, series = table.reference
-    label = label or row.label
-    other = f"{label}, {series}" if series else label
-    return cell, cells[label, column._replace(series=series).heading], f"{name} minus {other}"
+    return cells[label or cell.row.label, cell.column._replace(series=series).heading]
 
 
-def format_cell(cell, point):
-    """Ours, and what it is over: "76.00 ± 5.89 (2 folds x 3 seeds)"."""
-    row, column, _, runs = cell
-    if row.flags is None:
+def format_cell(cell, point, reference):
+    """Ours, what it is over, and the difference to the reference, in bold if beyond the noise:
+    "76.00 ± 5.89 (2 folds x 3 seeds); +1.20 [-0.30, +2.70]"."""
+    if cell.row.flags is None:
         return ""
     if cell.undefined:
         return "n/a"
-    if not runs:
+    if not cell.runs:
         return "not run"
-    folds, seeds = map(set, zip(*runs, strict=True))
+    form = f".{cell.column.digits}f"
+    folds, seeds = map(set, zip(*cell.runs, strict=True))
     over = f"{len(folds)} fold{'s' * (len(folds) > 1)}"
     if seeds != {None}:
         over += f" x {len(seeds)} seed{'s' * (len(seeds) > 1)}"
-    if len(runs) == 1:
-        return f"{point.mean:.{column.digits}f} ({over})"
-    return f"{point.mean:.{column.digits}f} ± {point.sd:.{column.digits}f} ({over})"
-
-
-def format_gaps(table, cells, points):
-    """A line for each paired difference, which says whether it is noise. Folds that are divided
-    otherwise have no pairs."""
-    for column, row in product(table.columns, table.rows):
-        key = row.label, column.heading
-        ours, theirs, name = compared(table, cells, cells[key])
-        pairs = ours.runs and theirs.runs and ours.flags.folds == theirs.flags.folds
-        if ours is theirs or not pairs:
-            continue
-        *_, gap, low, high = points[key]
-        if math.isnan(gap):
-            yield f"- {name}: one pair, no interval"
-            continue
-        over = "folds" if len({fold for fold, _ in ours.runs}) > 1 else "the seeds of one split"
-        inside = low <= 0 <= high or low == high  # two equal differences prove nothing
-        form = f"+.{column.digits}f"
-        yield (f"- {name}: {gap:{form}}, 95 % interval over {over} [{low:{form}}, {high:{form}}]"
-               + ", inside the noise" * bool(inside))
+    sd = f" ± {point.sd:{form}}" * (point.runs > 1)
+    text = f"{point.mean:{form}}{sd} ({over})"
+    if cell is reference or math.isnan(point.difference):
+        return text
+    # two equal differences prove nothing
+    bold = "" if point.low <= 0 <= point.high or point.low == point.high else "**"
+    gap = f"{point.difference:+{form}} [{point.low:+{form}}, {point.high:+{form}}]"
+    return f"{text}; {bold}{gap}{bold}"
 
 
 CAPTION = """
-The visual-only network is stage 1's: a difference to it asks whether the whole pipeline pays.
-"none" is the student's own network without a distillation term: a difference to it asks what the
-term adds. ± is the standard deviation over the runs named; intervals over folds are corrected for
-the training data that folds share (Nadeau and Bengio 2003)."""
+After the semicolon: the difference to {}, paired by fold and seed, with a 95 % interval
+over folds (over the seeds of a single split), corrected for the training data that folds share
+(Nadeau and Bengio 2003); bold where that leaves out 0, else it may be noise. The visual-only
+network is stage 1's: what a student gains over it, the whole pipeline gives; what it gains over
+"none", its own network without a distillation term, the term. ± is the standard deviation."""
 
 
 def lines_of(cells):
@@ -1065,8 +1045,7 @@ def label_of(row, args):
 
 
 def format_table(table, cells, args):
-    """The table in Markdown: for each column the paper's number and ours, then the paired
-    differences, and what they say."""
+    """The table in Markdown: for each column the paper's number, ours and a paired difference."""
     title, columns, rows, _ = table
     points = points_of(table, cells)
     lines = lines_of(cells)
@@ -1083,7 +1062,8 @@ def format_table(table, cells, args):
         for column in columns:
             key = row.label, column.heading
             paper = f"{row.paper.get(column.heading, '-')} | " * published
-            shown.append(paper + format_cell(cells[key], points[key]))
+            cell = cells[key]
+            shown.append(paper + format_cell(cell, points[key], reference_of(table, cells, cell)))
         text.append(f"| {' | '.join(shown)} |")
 
     text.append("")
@@ -1093,9 +1073,11 @@ def format_table(table, cells, args):
     text += dict.fromkeys(
         "- fewer than {batch_size} training samples: there batch size {batch_size} is b = {b}"
         .format_map(line) for line in lines if "b" in line and line["b"] < line["batch_size"])
-    differences = list(format_gaps(table, cells, points))
-    text += [*format_lambdas(cells), *differences]
-    return "\n".join(text + [CAPTION] * bool(differences))
+    return "\n".join([*text, *format_lambdas(cells), CAPTION.format(named(table.reference))])
+
+
+def named(reference):
+    return " ".join(filter(None, reference))
 
 
 def format_lambdas(cells):
@@ -1201,7 +1183,7 @@ def draw_lines(table, points, figure):
         raw.set_ylabel(f"{column.unit}, mean ± sd")
         paired.plot(x, difference, marker="o", label=column.heading)
         paired.fill_between(x, low, high, alpha=0.15)
-        paired.set_ylabel(f"difference to {' '.join(filter(None, reference))}, 95 % band")
+        paired.set_ylabel(f"difference to {named(reference)}, 95 % band")
     for axis in axes.flat:
         axis.set_xlabel(rows[0].label.rpartition(" ")[0])
         axis.legend(fontsize="small")
