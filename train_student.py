@@ -546,28 +546,26 @@ def predict_faces(args, ranks):
 def write_predictions(file, settings, source, index, keep, output, known=False):
     """csv: a line for each sample (class probabilities) or clip (valence, arousal), in their order;
     between name and prediction group and label, if they are known."""
+    names = source.name
     if settings["task"] == "regression":  # each clip once
-        what, names, answer = "clip", source.name, ["valence", "arousal"]
         rows, values = index[keep], output[keep]
+        what, answer = "clip", ["valence", "arousal"]
+        labels = [f"label {one}" for one in answer]
     else:
-        what, answer = "sample", [f"p({name})" for name in class_names(settings)]
-        names = source.name
-        if settings["dataset"] != "features":  # BioVid's are <sample>/<clip>
-            names = np.array([name.rpartition("/")[0] for name in names])
         rows, values = index[:, 0], output.softmax(1)
+        what, answer = "sample", [f"p({name})" for name in class_names(settings)]
+        labels = ["label"]
+        if settings["dataset"] != "features":  # BioVid's are <sample>/<clip>
+            names = [name.rpartition("/")[0] for name in names]
 
-    columns = [names[rows.numpy()]]
-    header = [what]
-    if known:
-        label = source.label[rows].reshape(len(rows), -1)
-        columns += [source.group[rows.numpy()],
-                    *([f"{value:.4g}" for value in column] for column in label.T.tolist())]
-        header += ["group", *(["label"] if label.shape[1] == 1 else [f"label {a}" for a in answer])]
-    columns += [[f"{number:.4f}" for number in column] for column in values.T.tolist()]
     write = csv.writer(file, lineterminator="\n").writerow
-    write(header + answer)
-    for line in zip(*columns, strict=True):
-        write(line)
+    write([what, *["group", *labels] * known, *answer])
+    for row, value in zip(rows.tolist(), values.tolist(), strict=True):
+        line = [names[row]]
+        if known:
+            label = source.label[row].flatten().tolist()
+            line += [source.group[row], *(f"{number:.4g}" for number in label)]
+        write(line + [f"{number:.4f}" for number in value])
 
 
 # ------------------------------------------------------------------------------ tables, figures
@@ -1100,7 +1098,7 @@ def for_features(table, args):
         task = next((line["task"] for line in lines if Path(line["root"]).stem == args.root.stem),
                     "classification")
     else:
-        task = make_settings(args.dataset, args.root)[0]["task"]
+        task = data.Features(args.root).task
     metrics = ["valence", "arousal"] if task == "regression" else ["accuracy"]
     columns = [column._replace(name=f"{args.root.stem} {metric}", dataset="features",
                                metric=metric)
@@ -1281,9 +1279,8 @@ def draw_matrices(S, label, names, figure):
         shown = [names[i] for i in level]
         axis.set_xticks(end - count / 2, shown)
         axis.set_yticks(end - count / 2, shown, rotation=90, va="center")
-        for edge in end[:-1]:
-            axis.axvline(edge, color="black", lw=0.8)
-            axis.axhline(edge, color="black", lw=0.8)
+        for line, edge in product((axis.axvline, axis.axhline), end[:-1]):
+            line(edge, color="black", lw=0.8)
     figure.colorbar(image, ax=axes, label="cosine similarity (Eq. 4)", shrink=0.8)
 
 
