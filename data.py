@@ -581,7 +581,9 @@ class Affwild2(Source):
                                for path in (annotations / part).glob("[!.]*.txt"))
         self.notes = [f"{folder}: crops without an annotation file in {annotations}; not used"
                       for video, folder in crops.items() if video not in files]
-        fps = read_fps(self.path / "fps.txt", crops | files)
+        fps = {}
+        with noting(self.faults):
+            fps = read_fps(self.path / "fps.txt", crops | files)
 
         rows = []  # the attributes of each
         frames = []  # of each video: its valid labels, and the row whose prediction holds for each
@@ -724,7 +726,10 @@ def read_wav(path):
               f"{path.name}")
     with (reading(path, "not a wav that can be used", advice),
           warnings.catch_warnings(action="ignore", category=wavfile.WavFileWarning)):
-        rate, sound = wavfile.read(path, mmap=True)  # it warns of chunks of metadata
+        try:
+            rate, sound = wavfile.read(path, mmap=True)  # it warns of chunks of metadata
+        except ValueError:  # 24 bits cannot be mapped
+            rate, sound = wavfile.read(path)
         if sound.size == 0 or sound.dtype == np.uint8 or not 1000 <= rate <= 200000:
             raise ValueError(f"{sound.size} samples of {sound.dtype} at {rate} Hz")
     return rate, sound
@@ -1414,7 +1419,9 @@ def run(main):
             line = ("a batch, or a rank's share of it, leaves batch norm one value a channel: "
                     "change --batch-size or --image-size")
         elif isinstance(error, OSError):
-            line += "; check the path, or give another"
+            closed = isinstance(error, BrokenPipeError)
+            line = ("ended, for nobody reads the output any more" if closed else
+                    f"{line}; check the path, or give another")
             sys.stdout = open(os.devnull, "w")  # what it still holds must not fail again at exit
         else:
             raise

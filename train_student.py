@@ -362,6 +362,11 @@ def open_faces(settings, args, folder=None):
     size = settings["image_size"]
     root = folder or args.root or settings["root"]
     start = settings["face_start"] if args.face_start is None else args.face_start
+    if folder and folder.is_dir() == (kind == "features"):
+        wanted = "features file (.npz)" if kind == "features" else "folder of face crops"
+        raise UserError(f"{folder}: this student looks at a {wanted}; give one")
+    if not (folder or args.root or Path(root).exists()):
+        raise UserError(f"{root}: the data is no more where it was; say with --root where it is")
     if kind == "features":
         source = data.Features(root, privileged=False, labelled=not folder)
         found, wanted = source.rows["visual"].shape[1], settings["visual_dim"]
@@ -441,6 +446,8 @@ def chosen_teachers(args):
     path = args.teacher or next(iter(teachers_under(args.out, name)), None)
     if not path:
         raise UserError(f"{args.out}: no {name}/*/fold*/teacher.pt; run train_teacher.py first")
+    if path.is_dir():
+        path /= "teacher.pt"
     folds = path.parent.parent
     if not args.fold:
         return [path]
@@ -746,18 +753,26 @@ FIGURES = {
 
 
 def read_results(path):
-    """The lines of results.jsonl; one that is not JSON, of a writer that was killed, is left out
-    with a warning."""
+    """The lines of results.jsonl; one that is no run's, of a writer that was killed, say, is left
+    out with a warning."""
     records = []
-    text = path.read_text(errors="replace") if path.exists() else ""
+    text = path.read_text("utf-8-sig", errors="replace") if path.exists() else ""
     for count, line in enumerate(text.splitlines(), 1):
         if not line:  # where one writer met another halfway through
             continue
         try:
-            records.append(dict(json.loads(line)))
+            record = json.loads(line)
+            if not {"root", "task", "role", "fold"} <= {*record}:
+                raise ValueError
+            records.append(record)
         except (ValueError, TypeError):
-            print(f"warning: {path}, line {count} is not whole and is left out", file=sys.stderr)
+            warn_once(f"warning: {path}, line {count} is no run's and is left out")
     return records
+
+
+@cache
+def warn_once(text):
+    print(text, file=sys.stderr)
 
 
 def empty_cells(table, args):
@@ -861,18 +876,21 @@ def recorded_teachers(args, known):
     default = defaults(args.dataset, args.synthetic)
     default["fusion_lr"] = fusion_lr(default, newest["few_labels"])
     del default["classes"]
+    same = *default, "data"
     found = {}
     for line in lines:
-        if all(line.get(key) == newest.get(key) for key in default):
+        if all(line.get(key) == newest.get(key) for key in same):
             teacher = found.pop(line["teacher"], None) or {
                 "settings": line, "made of": line["teacher"], "metrics": {}}
             teacher["metrics"][line["role"]] = line
             found[line["teacher"]] = teacher
     changed = {key: newest[key] for key, value in default.items()
                if newest[key] != value and key not in ("folds", "labelled")}
-    # a fold's last one
-    return [*{one["settings"]["fold"]: one for one in found.values()}.values()], note_of(
-        changed, newest)
+    note = note_of(changed, newest)
+    if args.root and Path(newest["root"]) != args.root:
+        note.append(f"- the numbers are of {newest['root']}")
+    last = {one["settings"]["fold"]: one for one in found.values()}
+    return [*last.values()], note
 
 
 def is_of(line, args):

@@ -256,8 +256,8 @@ def read_checkpoint(path):
         if code:
             raise UserError(f"{path}: holds {code[1]}, which is code and not loaded; save tensors "
                             "alone: torch.save(model.state_dict(), FILE)") from None
-        raise UserError(f"{path}: damaged, or no checkpoint ({type(error).__name__}); delete it "
-                        "and train or download it again, or give another file") from None
+        raise UserError(f"{path}: damaged, or no checkpoint ({type(error).__name__}); give another "
+                        "file, or move it away and train or download it again") from None
 
 
 def load(path, kind, wanted=None):
@@ -463,7 +463,12 @@ def better(best, score, epoch, model):
 def start_or_resume(model, optimizer, path, settings, resume):
     """A training's first epoch and the best so far: from the beginning, or for --resume from where
     an interrupted run stopped, weights included."""
-    if not (resume and path.exists()):
+    if not path.exists():
+        return 0, {}
+    if not resume:
+        if first_of_all():
+            print(f"{path}: an interrupted run's; --resume would go on, this begins anew",
+                  file=sys.stderr)
         return 0, {}
     state = load(path, "progress", settings)
     model.load_state_dict(state["model"])
