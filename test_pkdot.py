@@ -533,7 +533,6 @@ BAD = {  # its last flag, or what is given for it, is named
         "--table 5 --classes 5",
         "--table 5 --dataset biovid_a",
         "--table 2 --shared-anchors",
-        "--root none --table 2 --method kl",
         "--root none --table 2 --hallucinate zero",
         "--table 2 --print --root x",
         "--root none --figure labels --labelled 20",
@@ -542,8 +541,6 @@ BAD = {  # its last flag, or what is given for it, is named
         "--method none --labelled 60",
         "--lambda 0.1 1",
         "--epsilon 0",
-        "--lr -1",
-        "--epochs 0",
         "--k 1 --batch-size 1",
         "--chunk 4",
         "--seeds 2",
@@ -554,18 +551,13 @@ BAD = {  # its last flag, or what is given for it, is named
         "--student runs/biovid_a/c2/fold1/student-pkdot.pt --predict none",
         "--predict none"],
     train_teacher: [
-        "--dataset mnist",
         "--batch 3",
-        "--fold 6",
         "--root none",
         "--dataset affwild2 --root none",
         "--dataset affwild2 --fold 2",
         "--dataset affwild2 --folds clips",
         "--dataset features --root none",
         f"{FEATURES} --clips 2",
-        f"{FEATURES} --classes 2",
-        f"{FEATURES} --amp",
-        f"{FEATURES} --device cuda:99",
         f"{FEATURES} --out data/views.npz",
         "--root none --out data/views.npz/deeper"]}
 
@@ -587,8 +579,6 @@ def test_batch_norm_of_one_value_is_one_line(at_home, tmp_path):
     "data --crop",
     "train_teacher --root",
     "train_teacher --visual-weights",
-    "train_student --root",
-    "train_student --out",
     "train_student --teacher",
     "train_student --evaluate",
     "train_student --predict"])
@@ -1255,6 +1245,7 @@ def test_task_losses_and_scores_are_over_labels_and_all_else_over_pairs(
         found = line[loss], line["accuracy"], results(OUT, role)[-1]["accuracy"]
         wanted = entropy[train & known], right[val & known], right[test & known]
         assert found == approx([x.mean() for x in wanted], 1e-2 if drawn else 1e-4)
+        assert loss == "loss" or drawn == 0 or found[0] != approx(wanted[0].mean(), 1e-6)
 
     run = train_on("pairs.npz", OUT, f"--folds {folds} --labelled 20 --seed 1 --lr 0 "
                    "--batch-size 20 --fusion-lr 0 --fusion-batch-size 240")
@@ -1603,7 +1594,6 @@ FAULTS = [  # a path of a good tree, and its new content or what makes it anew
     (WAV, dict(sound=np.zeros(44100, "u1"))),
     (WAV, dict(sound=np.r_[np.zeros(14400), np.nan])),
     ("fps.txt", "stray 25\nthree 25"),
-    ("fps.txt", "one 0"),
     ("fps.txt", "one 25\none 30")]
 
 
