@@ -459,18 +459,18 @@ class BioVid(Source):
                 if not match or sample[:11] != subject:
                     raise UserError(f"{folder}: expected a name like 071309_w_21/071309_w_21-BL1-"
                                     "081; rename or remove it")
+                if match[1] not in levels:
+                    self.others += 1
+                    continue
                 if csv and not csv.is_file():
                     raise UserError(f"{csv}: missing, but its face crops are there; extract it "
                                     f"again or remove {folder}")
-                if match[1] not in levels:
-                    self.others += 1
-                else:
-                    clips, found = pain_clips(folder, length, face_start)
-                    self.frames += found
-                    rows += [(len(rows) // length, f"{sample}/{clip}", subject,
-                              levels.index(match[1]), images,
-                              (csv, self.COLUMN[dataset], *span))
-                             for clip, (images, *span) in enumerate(clips)]
+                clips, found = pain_clips(folder, length, face_start)
+                self.frames += found
+                rows += [(len(rows) // length, f"{sample}/{clip}", subject,
+                          levels.index(match[1]), images,
+                          (csv, self.COLUMN[dataset], *span))
+                         for clip, (images, *span) in enumerate(clips)]
         if not rows:
             self.faults.append(f"{faces}: no sample of {', '.join(levels)} in it that can be used; "
                                f"expected <subject>/<sample>/; {BIOVID}")
@@ -483,7 +483,8 @@ class BioVid(Source):
         return pain_spectrogram(read_biosignal(*self.signals[row]))
 
     def describe(self):
-        classes = ", ".join(f"{name} {int((self.label == i).sum())}"
+        label = self.label[::self.length]
+        classes = ", ".join(f"{name} {int((label == i).sum())}"
                             for i, name in enumerate(self.LEVELS[self.outputs]))
         return (f"{len(set(self.group))} subjects, {len(set(self.video))} samples, {self.frames} "
                 f"frames, classes {classes}, {self.others} samples of other levels not used")
@@ -678,7 +679,7 @@ def affect_clips(folder, frames=None):
     if not clips or frames < CLIP or last > frames + 2:
         raise UserError(f"{folder}: {len(names)} images <5 digits>.jpg up to number {last} do not "
                         f"fit {frames} frames ({CLIP} or more, the rows of {folder.name}.txt if "
-                        "that is there); extract it again, or remove it and its annotation")
+                        "that is there); extract one or the other again, or remove both")
     return clips
 
 
@@ -792,6 +793,8 @@ class Faces(Source):
         rows = []
         for one in bar(folders, "images"):
             video = str(one.relative_to(self.path)) if one != self.path else one.resolve().name
+            if re.fullmatch(SAMPLE, one.name):  # the name that it has in training
+                video = one.name
             with noting(self.faults):
                 clips = affect_clips(one) if dataset == "affwild2" else enumerate(
                     images for images, *_ in pain_clips(one, length, face_start)[0])

@@ -466,9 +466,26 @@ def load_student(path):
     student(x) is Fused(output, z) of faces x (B, L, 3, F, H, W), uint8 or float in [0, 1], with L =
     settings["length"], H = W = settings["image_size"] and F = 10 frames (BioVid) or 8 (Affwild2) of
     a clip; or of a features file's visual rows (B, L, settings["visual_dim"]). Output: logits (B,
-    classes), or valence and arousal (B, L, 2). UserError: not a student's checkpoint.
+    classes), or valence and arousal (B, L, 2). UserError: not a student's checkpoint. ValueError in
+    use: x of another shape, or float beyond 1.
     """
-    return student_of(load(path, "student"))
+    student = student_of(load(path, "student"))
+    student.register_forward_pre_hook(expect_input)
+    return student
+
+
+def expect_input(student, inputs):
+    """Raises ValueError unless a student of `load_student` is given what it was trained on."""
+    x, *_ = inputs
+    settings = student.settings
+    size = settings["image_size"]
+    frames = data.CLIP // data.EVERY if settings["dataset"] == "affwild2" else data.PAIN_IMAGES
+    faces = settings["dataset"] != "features"
+    clip = (3, frames, size, size) if faces else (settings["visual_dim"],)
+    wanted = settings["length"], *clip
+    if x.shape[1:] != wanted or faces and x.is_floating_point() and x.max() > 1:
+        raise ValueError(f"expected (B, {str(wanted)[1:-1]}), faces uint8 or float in [0, 1]; got "
+                         f"{tuple(x.shape)} {x.dtype} up to {x.max():.3g}")
 
 
 def student_of(state):
@@ -873,7 +890,7 @@ def recorded_teachers(args, known):
     if not lines:
         return [], []
     newest = lines[-1]
-    default = defaults(args.dataset, args.synthetic)
+    default = defaults(args.dataset, newest["synthetic"])
     default["fusion_lr"] = fusion_lr(default, newest["few_labels"])
     del default["classes"]
     same = *default, "data"
@@ -895,8 +912,9 @@ def recorded_teachers(args, known):
 
 def is_of(line, args):
     """Whether a results line is of the data set and the teachers that a table's flags name."""
-    wanted = dict(dataset=args.dataset, synthetic=args.synthetic, labelled=args.labelled,
-                  folds=args.folds or "subjects")
+    wanted = dict(dataset=args.dataset, labelled=args.labelled, folds=args.folds or "subjects")
+    if not args.root:  # which says by itself whether it is a stand-in
+        wanted["synthetic"] = args.synthetic
     if args.dataset in data.BioVid.COLUMN:
         wanted["outputs"] = args.classes or 2
     same_file = args.dataset != "features" or Path(line["root"]).stem == args.root.stem

@@ -962,6 +962,8 @@ def main():
     args = parse()
     ranks = join_ranks(args)
     data.writable(args.out)
+    if args.dataset == "affwild2" and (args.classes or args.face_start):
+        raise UserError("--classes and --face-start are for BioVid; leave them out")
     settings, source = make_settings(**vars(args))
     folds = folds_of(source, settings, [args.fold])
 
