@@ -354,9 +354,10 @@ def student_state(student, settings, features, fold):
                 test_names=[*tested], test_labels=fingerprint(tested))
 
 
-def open_faces(settings, args, folder=None):
+def open_faces(settings, args, folder=None, strict=True):
     """What a run's student looks at: its data set, or the unlabelled faces in a folder. Nothing
-    privileged is read. A features file may be another one, of the same shape."""
+    privileged is read. A features file may be another one, of the same shape. strict: see
+    `data.open_dataset`."""
     kind = settings["dataset"]
     length = settings["length"]
     size = settings["image_size"]
@@ -376,7 +377,7 @@ def open_faces(settings, args, folder=None):
         return source
     if folder:
         return data.Faces(folder, kind, length, size, start)
-    return data.open_dataset(kind, root, settings["outputs"], length, size, False, start)
+    return data.open_dataset(kind, root, settings["outputs"], length, size, False, start, strict)
 
 
 def open_teacher(path, settings=None):
@@ -515,11 +516,14 @@ def evaluate(args, ranks):
     state = load(args.evaluate, "student")
     settings = state["settings"]
     wanted = state["test_names"]
-    source = open_faces(settings, args)
-    missing = sorted(set(wanted) - set(source.name))
+    source = open_faces(settings, args, strict=False)  # other samples' faults do no harm
+    missing = sorted(set(wanted) - set(getattr(source, "name", ())))
     if missing:
+        folder = missing[0].rpartition("/")[0]
+        reason = next((fault for fault in source.faults if folder in fault),
+                      "give the --root it was trained on")
         raise UserError(f"{source.path}: lacks {len(missing)} of the student's {len(wanted)} test "
-                        f"samples, first {missing[0]}; give the --root it was trained on")
+                        f"samples, first {missing[0]}; {reason}")
     windows = data.label_windows(source, source.label)
     windows = windows.take(np.isin(source.name[windows.index[:, 0].numpy()], wanted))
     if fingerprint(samples_of(source, windows)) != state["test_labels"]:
