@@ -1036,8 +1036,8 @@ def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileg
         source = BioVid(root, dataset, classes, length or 1, image_size, privileged, face_start)
     if source.faults and strict:
         first, *more = source.faults
-        hint = (f" (and {len(more)} more: python data.py --check {dataset} --classes {classes} "
-                f"--root {root})")
+        hint = (f" (and {len(more)} more: python data.py --check {dataset} --root {root}"
+                f"{' --classes 5' * (classes == 5)})")
         raise UserError(first + hint * bool(more))
     return source
 

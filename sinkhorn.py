@@ -202,8 +202,7 @@ def _solve(cost, epsilon, marginals, tol=1e-5, max_iter=1000):
     largest = cost.abs().max().item()
     if not largest < inf:
         raise ValueError(f"cost must be finite, got {largest}")
-    unit = torch.finfo(cost.dtype).eps
-    rounding = unit * largest / epsilon
+    rounding = torch.finfo(cost.dtype).eps * largest / epsilon
     tol = max(tol, min(3 * rounding, 0.1))
 
     log_marginals = marginals.log()

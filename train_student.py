@@ -149,7 +149,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
     if run and ranks.rank == 0 and b < args.batch_size:
         print(f"warning: only {samples} training samples; batches are of {b} and k is {args.k}",
               file=sys.stderr)
-    ran = ran_on(args, ranks, features, settings)
+    ran = ran_on(args, ranks, settings, fold_of(features, settings).train)
     if run and ranks.rank == 0:
         start_log(run, settings, **ran, batch_size=b)
 
@@ -900,18 +900,19 @@ def recorded_teachers(args, known):
     same = *default, "data"
     found = {}
     for line in lines:
-        if all(line.get(key) == newest.get(key) for key in same):
-            teacher = found.pop(line["teacher"], None) or {
+        if any(line.get(key) != newest.get(key) for key in same):
+            continue
+        teacher = found.get(line["fold"])
+        if not teacher or teacher["made of"] != line["teacher"]:
+            teacher = found[line["fold"]] = {
                 "settings": line, "made of": line["teacher"], "metrics": {}}
-            teacher["metrics"][line["role"]] = line
-            found[line["teacher"]] = teacher
+        teacher["metrics"][line["role"]] = line
     changed = {key: newest[key] for key, value in default.items()
                if newest[key] != value and key not in ("folds", "labelled")}
     note = note_of(changed, newest)
     if args.root and Path(newest["root"]) != args.root:
         note.append(f"- the numbers are of {newest['root']}")
-    last = {one["settings"]["fold"]: one for one in found.values()}
-    return [*last.values()], note
+    return [*found.values()], note
 
 
 def is_of(line, args):

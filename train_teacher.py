@@ -300,15 +300,16 @@ def append_line(path, record):
         file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
 
 
-def ran_on(args, ranks, source, settings):
+def ran_on(args, ranks, settings, train):
     """What a training ran on, beside its settings: for the screen, its log and results.jsonl.
 
-    few_labels: whether fewer than half of the training samples have a label. [ours] Then stage 2
-    has a higher rate, for the T-Net's sake, and stage 3 draws labelled samples for each step.
+    few_labels: whether fewer than half of the training samples (tiles) have a label. [ours] Then
+    stage 2 has a higher rate, for the T-Net's sake, and stage 3 draws labelled samples for each
+    step.
     """
     cuda = args.device.type == "cuda"
     of = torch.cuda.get_device_name(args.device) if cuda else f"threads {torch.get_num_threads()}"
-    labelled = fold_of(source, settings).train.labelled
+    labelled = train.labelled
     few = 2 * int(labelled.sum()) < len(labelled)
     return dict(device=f"{args.device}, {of}", processes=ranks.world,
                 unlabelled=int((~labelled).sum()), few_labels=few,
@@ -463,12 +464,11 @@ def better(best, score, epoch, model):
 def start_or_resume(model, optimizer, path, settings, resume):
     """A training's first epoch and the best so far: from the beginning, or for --resume from where
     an interrupted run stopped, weights included."""
-    if not path.exists():
-        return 0, {}
-    if not resume:
-        if first_of_all():
-            print(f"{path}: an interrupted run's; --resume would go on, this begins anew",
-                  file=sys.stderr)
+    there = path.exists()
+    if there and not resume and first_of_all():
+        print(f"{path}: an interrupted run's; --resume would go on, this begins anew",
+              file=sys.stderr)
+    if not (there and resume):
         return 0, {}
     state = load(path, "progress", settings)
     model.load_state_dict(state["model"])
@@ -848,7 +848,7 @@ def train_teacher(settings, source, args, ranks):
         start = time.time()
         old = path.exists() and load(path, "teacher", settings)
         fold = fold_of(source, settings)
-        ran = ran_on(args, ranks, source, settings)
+        ran = ran_on(args, ranks, settings, fold.train)
         if ranks.rank == 0:
             print(f"{run}: {source.describe()}; samples train {len(fold.train.index)}, "
                   f"val {len(fold.val.index)}, test {len(fold.test.index)}")
