@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import warnings
 from functools import partial
-from math import inf, isnan, log, nan, sqrt
+from math import inf, isnan, log, sqrt
 from timeit import repeat
 
 import torch
@@ -189,7 +189,8 @@ def _centred(z):
 
 def _log_plan(cost, potentials, log_marginals, epsilon):
     """log pi (..., n, m), for what belongs to rows and columns side by side, as in `_solve`."""
-    log_u, log_v = (potentials / epsilon + log_marginals).split(cost.shape[-2:], -1)
+    log_uv = torch.add(log_marginals, potentials, alpha=1 / epsilon)
+    log_u, log_v = log_uv.split(cost.shape[-2:], -1)
     return (log_u.mT + log_v).sub_(cost, alpha=1 / epsilon)
 
 
@@ -210,7 +211,7 @@ def _solve(cost, epsilon, marginals, tol=1e-5, max_iter=1000):
     sizes = cost.shape[-2:]
     a, b = marginals.split(sizes, -1)  # (..., 1, n), (..., 1, m)
 
-    potentials = potentials_above = torch.zeros_like(marginals)
+    potentials = above = torch.zeros_like(marginals)
     level = largest / EASY if largest / EASY > 2 * epsilon else epsilon
     level_above = inf
     omega = 1.0
@@ -233,10 +234,8 @@ def _solve(cost, epsilon, marginals, tol=1e-5, max_iter=1000):
         # over-relaxed sweeps it is for measure only: taking it would spoil their pace.
         last_v = b / (u @ plan)
         last_u = a / (last_v @ transposed)
-        drift = torch.cat((last_u, last_v), -1).log_()
-        lost = torch.linalg.vector_norm(drift, inf) > SAFE_DRIFT
         residual = torch.addcmul(b, last_v, last_u @ plan, value=-1)
-        error = _l1(residual).masked_fill_(lost, nan).item()  # NaN, too, if u or v holds any
+        error = _l1(residual).item()
         sweeps += block
 
         # u, v left the range of floating-point numbers: the same sweeps, in the log domain.
@@ -248,14 +247,15 @@ def _solve(cost, epsilon, marginals, tol=1e-5, max_iter=1000):
             omega = 1.0
             plan = _exp_(_log_plan(cost, potentials, log_marginals, level))
             last_u, last_v = ones.split(sizes, -1)
-            drift = torch.zeros_like(ones)
             error = _l1(b - last_u @ plan).item()
 
+        # Done, unless u or v moved so far that entries of the plan were lost: absorb them first.
         done = level == epsilon and (error <= tol or sweeps >= max_iter)
-        if not done and omega != 1:
-            drift = torch.cat((u, v), -1).log_()
+        if done or omega == 1:
+            u, v = last_u, last_v
+        drift = torch.cat((u, v), -1).log_()
         potentials = potentials.add(drift, alpha=level)
-        if done:
+        if done and (sweeps >= max_iter or torch.linalg.vector_norm(drift, inf) < SAFE_DRIFT):
             break
 
         # Relax: hundreds of sweeps become tens.
@@ -267,12 +267,12 @@ def _solve(cost, epsilon, marginals, tol=1e-5, max_iter=1000):
         # a small one is reached sooner from a large one. f and g, about linear in it, go on along
         # their line, which halves the sweeps of the hardest problems.
         else:
-            slope = (potentials - potentials_above) / (level_above - level)  # 0 at first
-            potentials_above, level_above = potentials, level
-            level *= min(error ** (1 / 9), 0.8)
-            if level < 2 * epsilon:  # not worth a block of its own
-                level = epsilon
-            potentials = potentials.add(slope, alpha=level_above - level)
+            lower = level * min(error ** (1 / 9), 0.8)
+            if lower < 2 * epsilon:  # not worth a block of its own
+                lower = epsilon
+            ahead = 1 + (level - lower) / (level_above - level)  # 1 at first
+            above, potentials = potentials, torch.lerp(above, potentials, ahead)
+            level_above, level = level, lower
 
     _warn_above(tol, max(error, rounding), sweeps, epsilon)
     value = (marginals @ potentials.mT).squeeze((-2, -1))  # the dual, equal to W at the optimum
