@@ -20,8 +20,8 @@ D = 512
 
 
 class Backbone(nn.Module):
-    """Standardises its input, folds (B, L) into one batch axis, applies `features` and unfolds:
-    (B, L, ...) -> (B, L, D).
+    """Standardises its input, folds (B, L) into one batch axis, applies the network `features` and
+    unfolds: (B, L, ...) -> (B, L, D).
 
     mean and std broadcast against one clip (channels first). They are fitted to the training part
     for spectrograms and feature vectors, and fixed for video, which is uint8 or float in [0, 1].
@@ -33,10 +33,20 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.as_tensor(mean), persistent=fitted)
         self.register_buffer("std", torch.as_tensor(std), persistent=fitted)
 
-    def standardise(self, mean, std):
-        """Set the training part's statistics; a constant input (std 0) is only centred."""
+    def standardise(self, batches):
+        """Fit mean and std to all clips of the batches (B, L, ...): one value of each for
+        spectrograms, one a feature for vectors. A constant is only centred."""
+        count = sums = 0
+        for clips in batches:
+            x = clips.double()
+            powers = [power.sum_to_size(self.mean.shape) for power in (x, x.square())]
+            sums += torch.stack(powers)
+            count += x.numel() / self.mean.numel()
+        mean, square = sums / count
+        variance = square - mean**2
         self.mean.copy_(mean)
-        self.std.copy_(std.where(std > 0, 1))
+        # what is left of a constant is rounding, not variance
+        self.std.copy_(variance.where(variance > 1e-12 * square, 1).sqrt())
 
     def forward(self, x):
         clips = x.flatten(0, 1)  # (B * L, ...)
@@ -48,26 +58,15 @@ class Backbone(nn.Module):
         return self.features((clips - self.mean) / self.std).unflatten(0, x.shape[:2])  # (B, L, D)
 
 
-class VideoBackbone(Backbone):
-    """Its layers, applied in the order in which its constructor names them."""
-
-    def features(self, video):  # (N, 3, F, H, W) -> (N, 512)
-        for layer in self.children():
-            video = layer(video)
-        return video
-
-
-class R3D18(VideoBackbone):
+class R3D18(Backbone):
     """torchvision's R3D-18 without its classifier, section IV-B1; video (B, L, 3, F, H, W) ->
     (B, L, 512)."""
 
     def __init__(self):
         kinetics = torch.tensor([[0.43216, 0.394666, 0.37645], [0.22803, 0.22145, 0.216989]])
         super().__init__(*kinetics.view(2, 3, 1, 1, 1), fitted=False)
-        body = r3d_18()
-        body.fc = nn.Flatten()  # after the pool, in the classifier's place
-        for name, layer in body.named_children():
-            self.add_module(name, layer)
+        self.features = r3d_18()  # (N, 3, F, H, W) -> (N, 512)
+        self.features.fc = nn.Identity()
 
 
 class Unit3D(nn.Module):
@@ -95,6 +94,11 @@ def pad_same(x, layer):
 
 
 class MaxPool3dSame(nn.MaxPool3d):
+    """Its window and its stride, three numbers each."""
+
+    def __init__(self, *sizes):
+        super().__init__(sizes[:3], sizes[3:])
+
     def forward(self, x):
         return super().forward(pad_same(x, self))
 
@@ -107,64 +111,65 @@ class Inception(nn.Module):
         self.b0 = Unit3D(channels, b0)
         self.b1a, self.b1b = Unit3D(channels, b1a), Unit3D(b1a, b1b, 3)
         self.b2a, self.b2b = Unit3D(channels, b2a), Unit3D(b2a, b2b, 3)
-        self.b3a, self.b3b = MaxPool3dSame((3, 3, 3), (1, 1, 1)), Unit3D(channels, b3b)
+        self.b3a, self.b3b = nn.MaxPool3d(3, 1, 1), Unit3D(channels, b3b)
 
     def forward(self, x):
         branches = self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x))
         return torch.cat(branches, 1)
 
 
-INCEPTION = """\
-    Mixed_3b          192   64   96  128   16   32   32
-    Mixed_3c          256  128  128  192   32   96   64
-    MaxPool3d_4a_3x3    3
-    Mixed_4b          480  192   96  208   16   48   64
-    Mixed_4c          512  160  112  224   24   64   64
-    Mixed_4d          512  128  128  256   24   64   64
-    Mixed_4e          512  112  144  288   32   64   64
-    Mixed_4f          528  256  160  320   32  128  128
-    MaxPool3d_5a_2x2    2
-    Mixed_5b          832  256  160  320   32  128  128
-    Mixed_5c          832  384  192  384   48  128  128"""  # a pool's window, or Inception's sizes
+I3D_LAYERS = """\
+    Conv3d_1a_7x7       3   64   7    2
+    MaxPool3d_2a_3x3    1    3   3    1    2    2
+    Conv3d_2b_1x1      64   64
+    Conv3d_2c_3x3      64  192   3
+    MaxPool3d_3a_3x3    1    3   3    1    2    2
+    Mixed_3b          192   64  96  128   16   32   32
+    Mixed_3c          256  128 128  192   32   96   64
+    MaxPool3d_4a_3x3    3    3   3    2    2    2
+    Mixed_4b          480  192  96  208   16   48   64
+    Mixed_4c          512  160 112  224   24   64   64
+    Mixed_4d          512  128 128  256   24   64   64
+    Mixed_4e          512  112 144  288   32   64   64
+    Mixed_4f          528  256 160  320   32  128  128
+    MaxPool3d_5a_2x2    2    2   2    2    2    2
+    Mixed_5b          832  256 160  320   32  128  128
+    Mixed_5c          832  384 192  384   48  128  128"""  # and the arguments of each
+I3D_KINDS = {"Conv3d": Unit3D, "MaxPool3d": MaxPool3dSame, "Mixed": Inception}
 
 
-class I3D(VideoBackbone):
+class I3D(Backbone):
     """Inception-v1 inflated to 3D (Carreira and Zisserman 2017) and Linear(1024, 512); Table III.
 
     Video (B, L, 3, F, H, W), H and W from 32 -> (B, L, 512). Frames are brought to [-1, 1].
-    Parameters bear the names of the public Inception-I3D checkpoint, so that its Kinetics weights
+    The layers bear the names of the public Inception-I3D checkpoint, so that its Kinetics weights
     load (`load_weights`).
     """
 
     def __init__(self):
         super().__init__(0.5, 0.5, fitted=False)
-        self.Conv3d_1a_7x7 = Unit3D(3, 64, 7, 2)
-        self.MaxPool3d_2a_3x3 = MaxPool3dSame((1, 3, 3), (1, 2, 2))
-        self.Conv3d_2b_1x1 = Unit3D(64, 64)
-        self.Conv3d_2c_3x3 = Unit3D(64, 192, 3)
-        self.MaxPool3d_3a_3x3 = MaxPool3dSame((1, 3, 3), (1, 2, 2))
-        for line in INCEPTION.splitlines():
+        self.features = nn.Sequential()
+        for line in I3D_LAYERS.splitlines():
             name, *numbers = line.split()
-            sizes = list(map(int, numbers))
-            self.add_module(name, Inception(*sizes) if name.startswith("Mixed")
-                            else MaxPool3dSame(3 * sizes, 3 * [2]))
-        self.pool = nn.AdaptiveAvgPool3d(1)
-        self.flatten = nn.Flatten()  # (N, 1024)
-        self.projection = nn.Linear(1024, D)
+            kind, _, _ = name.partition("_")
+            self.features.add_module(name, I3D_KINDS[kind](*map(int, numbers)))
+        self.features.pool = nn.AdaptiveAvgPool3d(1)
+        self.features.flatten = nn.Flatten()  # (N, 1024)
+        self.features.projection = nn.Linear(1024, D)
 
 
 def load_weights(backbone, state):
     """Load a public checkpoint into a visual backbone; returns (keys left out, parameters kept).
 
     state: a state dict, or a dict that holds one under any name; its keys may begin with module.,
-    model., backbone. or encoder. What the backbone has no place for, as a classifier, is left out;
+    model., backbone., features. or encoder. What the backbone has no place for, as a classifier, is left out;
     only I3D's own projection may be missing. Raises ValueError if a tensor is missing or does not
     fit; the backbone is then loaded in part.
     """
     # Beside settings and an optimizer's state, the state dict is the dict with the most entries
     found = [state, *state.values()] if isinstance(state, dict) else []
     state = max((d for d in found if isinstance(d, dict)), key=len, default={})
-    state = {re.sub(r"^((module|model|backbone|encoder)\.)+", "", str(key)): value
+    state = {re.sub(r"^((module|model|backbone|features|encoder)\.)+", "", str(key)): value
              for key, value in state.items() if torch.is_tensor(value)}
     kind = type(backbone).__name__
     for key, value in state.items():
@@ -172,7 +177,7 @@ def load_weights(backbone, state):
             raise ValueError(f"{key} is sparse, or holds NaN or infinity")
 
     try:
-        missing, left_out = backbone.load_state_dict(state, strict=False)
+        missing, left_out = backbone.features.load_state_dict(state, strict=False)
     except RuntimeError as error:  # a title, then a line for each misfit
         raise ValueError(f"does not fit {kind}: {str(error).splitlines()[1].strip()}") from None
 
@@ -189,12 +194,9 @@ class SpectrogramResNet18(Backbone):
 
     def __init__(self):
         super().__init__()
-        self.body = resnet18()
-        self.body.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
-        self.body.fc = nn.Identity()
-
-    def features(self, spectrogram):  # (N, 1, H, W) -> (N, 512)
-        return self.body(spectrogram)
+        self.features = resnet18()  # (N, 1, H, W) -> (N, 512)
+        self.features.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+        self.features.fc = nn.Identity()
 
 
 class FeatureMLP(Backbone):
@@ -225,8 +227,8 @@ class Unimodal(nn.Module):
         return self.head(features if self.per_clip else features.mean(1))
 
 
-class TNet(nn.Module):
-    """Encoder-decoder that hallucinates privileged features from visual ones, (B, L, 512) each.
+class TNet(nn.Sequential):
+    """Encoder and decoder that hallucinate privileged features from visual ones, (B, L, 512) each.
 
     The output is linear, since features are not confined to [0, 1]. [ours]
     """
@@ -235,9 +237,6 @@ class TNet(nn.Module):
         super().__init__()
         self.encoder = nn.Sequential(nn.Linear(D, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU())
         self.decoder = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, D))
-
-    def forward(self, visual):
-        return self.decoder(self.encoder(visual))
 
 
 class Fused(NamedTuple):

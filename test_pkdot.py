@@ -41,6 +41,7 @@ from scipy import stats
 from scipy.io import wavfile
 from scipy.signal import stft
 from scipy.special import logsumexp, softmax
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -290,10 +291,9 @@ class Slight(models.Backbone):
 
     def __init__(self, channels):
         super().__init__(fitted=channels == 1)
-        self.layer = torch.nn.Linear(channels, models.D)
-
-    def features(self, clips):
-        return self.layer(clips.flatten(2).mean(2))
+        self.features = nn.Sequential(
+            nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
+            nn.Linear(channels, models.D))
 
 
 @contextlib.contextmanager
@@ -941,7 +941,7 @@ def lively(module):
     torch.manual_seed(0)
     for x in module.state_dict().values():
         if x.ndim > 1:
-            torch.nn.init.kaiming_normal_(x)
+            nn.init.kaiming_normal_(x)
         elif x.ndim == 1:
             x.uniform_(0.5, 1.5)
     return module.double().eval()
@@ -949,7 +949,7 @@ def lively(module):
 
 def holding(network, w, prefix=""):
     """PyTorch's own network with those weights whose names begin so; no classifier."""
-    network.fc = torch.nn.Identity()
+    network.fc = nn.Identity()
     network.load_state_dict({name.removeprefix(prefix): x for name, x in w.items()
                              if name.startswith(prefix)})
     return network.double().eval()
@@ -973,9 +973,9 @@ def jca(w, visual, privileged):
 
 
 def mmt(w, visual, privileged):
-    v, p = (holding(torch.nn.TransformerEncoderLayer(512, 2, 512), w, f"encode_{m}.")(x)
+    v, p = (holding(nn.TransformerEncoderLayer(512, 2, 512), w, f"encode_{m}.")(x)
             for m, x in (("v", visual), ("p", privileged)))
-    v, p = (holding(torch.nn.MultiheadAttention(512, 2), w, f"attend_{m}.")(query, x, x)[0]
+    v, p = (holding(nn.MultiheadAttention(512, 2), w, f"attend_{m}.")(query, x, x)[0]
             for m, query, x in (("v", p, v), ("p", v, p)))
     g = linear(w, "gate", torch.cat([v, p], 1)).sigmoid()
     return g * v + (1 - g) * p
@@ -1020,14 +1020,14 @@ def r3d18(w, x):
 
 def spectrogram(w, x):
     """By the network for colours, of which each is the same."""
-    w["body.conv1.weight"] = w["body.conv1.weight"].expand(-1, 3, -1, -1) / 3
-    return holding(torchvision.models.resnet18(), w, "body.")(x.expand(1, 3, -1, -1))
+    w["conv1.weight"] = w["conv1.weight"].expand(-1, 3, -1, -1) / 3
+    return holding(torchvision.models.resnet18(), w)(x.expand(1, 3, -1, -1))
 
 
 def i3d(w, x):
     def unit(x, name, stride=1, padding="same"):
         x = F.conv3d(x, w[f"{name}.conv3d.weight"], None, stride, padding)
-        norm = torch.nn.BatchNorm3d(x.shape[1], eps=1e-3)
+        norm = nn.BatchNorm3d(x.shape[1], eps=1e-3)
         return holding(norm, w, f"{name}.bn.")(x).relu()
 
     # TensorFlow's "same" padding: of sizes that are even wherever windows of 3 or 7 move by 2
@@ -1046,12 +1046,12 @@ def i3d(w, x):
 
 
 def test_i3d_loads_the_public_checkpoint():
-    i3d, public = models.I3D(), lively(models.I3D()).float().state_dict()
+    i3d, public = models.I3D(), lively(models.I3D().features).float().state_dict()
     assert sum(map(torch.numel, i3d.parameters())) == 12_812_064  # 12,287,264 and a projection
     state = {f"module.model.backbone.encoder.{key}": x for key, x in public.items()}
     state["logits.bias"] = torch.zeros(400)
     found = models.load_weights(i3d, {"epoch": 3, "optimizer": {}, "net": state})
-    assert found == (["logits.bias"], []) and equal(i3d.state_dict(), public)
+    assert found == (["logits.bias"], []) and equal(i3d.features.state_dict(), public)
 
     del public["projection.bias"]  # which is ours
     assert models.load_weights(i3d, public) == ([], ["projection.bias"])
@@ -1065,7 +1065,7 @@ def test_chunks_give_the_gradient_of_the_whole_batch():
     """And that is the gradient of the student's parts in turn, written out."""
     parts = models.FeatureMLP(2), models.TNet(), models.ConcatFusion(3)
     student = lively(models.Student(*parts, chunk=3))
-    student.backbone.standardise(torch.tensor([1, 7]), torch.tensor([0.5, 0]))  # 0: is only centred
+    student.backbone.standardise(torch.tensor([[0.5, 7], [1.5, 7]]).split(1))  # 7 is only centred
     x, w, passed = randn(8, 2, 2), student.state_dict(keep_vars=True), []
     student.backbone.register_forward_pre_hook(lambda _, x: passed.append(len(x[0])))
     answers = [student(x)]
@@ -1097,7 +1097,7 @@ def test_each_backbone_is_the_published_network_clip_by_clip(make, published, x)
     backbone = lively(make())
     with torch.autocast("cpu", torch.bfloat16):  # leaves float64 as it is
         found = backbone(x)
-    expected = [published(backbone.state_dict(), clip) for clip in x.flatten(0, 1)]
+    expected = [published(backbone.features.state_dict(), clip) for clip in x.flatten(0, 1)]
     assert_close(found, torch.cat(expected).unflatten(0, x.shape[:2]), rtol=1e-5, atol=1e-5)
 
 
@@ -1973,7 +1973,7 @@ def test_each_flag_is_heard(odd, stand_in):
     layer = saved(run, "visual")["model"]
     source = open_dataset("biovid_b", stand_in, 5, 2, 40, face_start=0.5)
     pixels = source.visual(7).float().mean((1, 2, 3)) / 255
-    expected = layer["backbone.layer.weight"] @ pixels + layer["backbone.layer.bias"]
+    expected = linear(layer, "backbone.features.3", pixels)
     seen = Features(run / "features.npz").rows["visual"][7]
     assert torch.allclose(seen, expected, atol=1e-6)
 
@@ -1991,16 +1991,16 @@ CACHED = Path("hub/checkpoints/r3d_18-b3b3357e.pth")  # where torch puts what it
 
 @parametrize("flag", ["--pretrained", f"--visual-weights {CACHED}"])
 def test_training_begins_with_public_weights(flag, home, slight, monkeypatch):
-    public = models.R3D18().state_dict()
+    public = models.R3D18().features.state_dict()
     torch.save({"state_dict": public}, made(CACHED))
     monkeypatch.setenv("TORCH_HOME", ".")
     ok(train_teacher, f"{flag} --root {home}/data/biovid_b --lr 0 --backbone-epochs 1 --workers 0")
     begun = saved(RUNS["biovid_b"], "visual")["model"]
-    assert all(torch.equal(begun[f"backbone.{key}"], x) for key, x in public.items())
+    assert all(torch.equal(begun[f"backbone.features.{key}"], x) for key, x in public.items())
 
 
 @parametrize("content, word", [
-    (torch.nn.Linear(2, 2), "state_dict()"),
+    (nn.Linear(2, 2), "state_dict()"),
     ({0: torch.ones(2)}, "state_dict()"),
     ({}, "state_dict()"),
     ({"layer.bias": torch.ones(2).to_sparse()}, "layer.bias")])

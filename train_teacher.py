@@ -624,7 +624,7 @@ def train_backbone(modality, source, fold, settings, folder, args, ranks):
     if backbone.fitted:
         index = fold.train.index
         every = clip_loader(source, modality, index, torch.arange(len(index)).split(64), args)
-        backbone.standardise(*mean_and_std(every))
+        backbone.standardise(bar(every, "statistics"))
 
     # Adam (section IV-B), from the beginning or from where an interrupted run stopped
     model.to(args.device)
@@ -712,20 +712,6 @@ def load_public_weights(backbone, weights):
         raise UserError(f"--visual-weights {weights}: {error}") from None
     return (f"{weights} loaded; left out: {', '.join(left_out) or 'nothing'}; "
             f"not in it, trained from scratch: {', '.join(missing) or 'nothing'}")
-
-
-def mean_and_std(batches):
-    """Mean and standard deviation of the training part: one value for spectrograms, one per feature
-    for vectors."""
-    count = sums = 0
-    for clips in bar(batches, "statistics"):
-        values = clips.double().flatten(0, 1 if clips.ndim == 3 else -1)
-        count += len(values)
-        sums += torch.stack((values.sum(0), values.square().sum(0)))
-    mean, square = sums / count
-    variance = square - mean**2
-    # what is left of a constant is rounding, not variance
-    return mean, variance.where(variance > 1e-12 * square, 0).sqrt()
 
 
 def extract_features(single, backbones, source, settings, path, args, ranks):
