@@ -162,9 +162,9 @@ def load_weights(backbone, state):
     """Load a public checkpoint into a visual backbone; returns (keys left out, parameters kept).
 
     state: a state dict, or a dict that holds one under any name; its keys may begin with module.,
-    model., backbone., features. or encoder. What the backbone has no place for, as a classifier, is left out;
-    only I3D's own projection may be missing. Raises ValueError if a tensor is missing or does not
-    fit; the backbone is then loaded in part.
+    model., backbone., features. or encoder. What the backbone has no place for, as a classifier, is
+    left out; only I3D's own projection may be missing. Raises ValueError if a tensor is missing or
+    does not fit; the backbone is then loaded in part.
     """
     # Beside settings and an optimizer's state, the state dict is the dict with the most entries
     found = [state, *state.values()] if isinstance(state, dict) else []

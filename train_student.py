@@ -55,16 +55,13 @@ from train_teacher import (
     append_line,
     at_least,
     autocast,
-    backbone_state,
     bar,
-    better,
     clip_answers,
     clip_loader,
     content,
     criterion,
-    dealt,
     defaults,
-    diverged,
+    epochs,
     fingerprint,
     fold_of,
     folds_of,
@@ -73,7 +70,7 @@ from train_teacher import (
     gather,
     heading,
     join_ranks,
-    keep_progress,
+    keep_best,
     leave_ranks,
     load,
     made_of,
@@ -95,7 +92,6 @@ from train_teacher import (
     spread,
     stage_1_folder,
     start_log,
-    start_or_resume,
     step_means,
     train_teacher,
     trainings_of,
@@ -163,11 +159,12 @@ def distil(teacher, features, fold, args, ranks, run=None):
     progress = finished.with_suffix(".progress")
     progress_of = settings | {"student": choice}
     optimizer = torch.optim.Adam(trained.parameters(), lr=choice["lr"], fused=True)
-    first, best = start_or_resume(trained, optimizer, progress, progress_of, args.resume and run)
+    start = run and student_state(student, progress_of, features, fold)
 
-    epochs = choice["epochs"]
-    fault = None
-    for epoch in bar(range(first, epochs), f"{args.method} fold {settings['fold']}"):
+    count = choice["epochs"]
+    best = {}
+    for epoch in epochs(count, trained, optimizer, best, run and progress, progress_of, args, ranks,
+                        f"{args.method} fold {settings['fold']}"):
         # S wants b rows: the rest, fewer than b, is dropped
         seed_all(args.seed, 3, epoch + 1)
         batches = torch.randperm(samples)[:samples - samples % b].split(b)
@@ -199,9 +196,9 @@ def distil(teacher, features, fold, args, ranks, run=None):
             loss.backward()
             optimizer.step()
             terms.append(torch.stack([loss_gt, W, KL]).detach())
-        means, fault = step_means(terms, ["L_gt", "W", "KL"], epoch)
-        if fault:
-            break
+        loss_gt, W, KL = step_means(
+            terms, ["L_gt", "W", "KL"], epoch, "lower --lr or raise --epsilon", finished,
+            best and run and start | {"model": start["model"] | best["model"]}, ranks)
 
         # what chooses the epoch: held-out training groups (val), the test fold (test; the release)
         # or nothing (last)
@@ -210,26 +207,21 @@ def distil(teacher, features, fold, args, ranks, run=None):
         chosen_on = getattr(fold, where)
         output = student_answers(network, seen, chosen_on.index, args, ranks)
         found = measure(features, chosen_on, output)
-        before = None if args.select == "last" else best
-        best = better(before, criterion(found), epoch, trained)
+        if args.select == "last":
+            best.clear()
+        keep_best(best, criterion(found), epoch, trained)
 
         # the terms of every epoch go to log.jsonl, Eq. 9's of ten to the screen
         if run and ranks.rank == 0:
-            loss_gt, W, KL = means
             lambda_w = choice["lambda"] * W
             append_line(run / "log.jsonl", dict(
                 stage="student", method=args.method, seed=args.seed, epoch=epoch + 1,
                 loss_gt=loss_gt, w=W, lambda_w=lambda_w, kl_beside=KL, **found))
-            if epoch % max(epochs // 10, 1) == 0 or epoch + 1 == epochs:
+            if epoch % max(count // 10, 1) == 0 or epoch + 1 == count:
                 tqdm.write(f"epoch {epoch + 1:3d}  L_gt {loss_gt:.4f}  lambda W {lambda_w:.4f}  "
                            f"{where} {show(found)}")
-            keep_progress(progress, progress_of, epoch, trained, optimizer, best)
 
-    if best:
-        trained.load_state_dict(best["model"])
-    if fault:
-        state = best and run and student_state(student, progress_of, features, fold)
-        diverged(fault, "lower --lr or raise --epsilon", finished, state, ranks)
+    trained.load_state_dict(best["model"])
 
     # the test fold, once; and the validation part's score, by which a table chooses lambda
     validation = best["score"]
@@ -273,9 +265,10 @@ def student_forward(network, x, args):
 
 def student_answers(network, seen, index, args, ranks, part="output"):
     """The student's output, or "z", of all windows index (S, L), on the CPU."""
-    batches = dealt(torch.arange(len(index)).split(args.batch_size), ranks)
+    batches = share(torch.arange(len(index)), ranks).split(args.batch_size)
     inputs = student_inputs(seen, index, batches, args)
-    return answers(lambda x: getattr(student_forward(network, x, args), part), inputs, ranks)
+    return answers(lambda x: getattr(student_forward(network, x, args), part), inputs, len(index),
+                   ranks)
 
 
 class Seen(NamedTuple):
@@ -393,7 +386,9 @@ def open_teacher(path, settings=None):
 def visual_backbone(teacher):
     """Stage 1's weights of the visual backbone, those that the teacher was trained on."""
     folder = teacher["stage 1"]
-    weights = backbone_state(load(folder / "visual.pt", "visual"))
+    model = load(folder / "visual.pt", "visual")["model"]
+    weights = {key.removeprefix("backbone."): value for key, value in model.items()
+               if key.startswith("backbone.")}
     if teacher["backbones"][0] != fingerprint(weights):
         raise UserError(f"{folder}: visual.pt was trained again after {teacher['path']}; "
                         "finish the teacher: train_teacher.py --resume with the same flags")

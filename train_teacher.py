@@ -21,10 +21,10 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import ChainMap
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,9 +113,6 @@ def join_ranks(args):
     if missing:
         raise UserError(f"RANK is set but {', '.join(sorted(missing))} is not: start the command "
                         "with torchrun --standalone --nproc_per_node=N, or unset RANK")
-    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    if ranks.world == 1:
-        return ALONE
     backend = "gloo"
     if args.device.type == "cuda":
         backend = "nccl"
@@ -123,7 +120,7 @@ def join_ranks(args):
         torch.cuda.set_device(args.device)
     # some ranks wait for others to train whole folds
     dist.init_process_group(backend, timeout=timedelta(days=7))
-    return ranks
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
 def wait_for_all():
@@ -143,14 +140,9 @@ def first_of_all():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def dealt(jobs, ranks):
-    """This rank's share of jobs that need no communication."""
-    return jobs[ranks.rank::ranks.world]
-
-
 def trainings_of(jobs, what, ranks):
     """This rank's share of whole trainings; one that has none says so."""
-    mine = dealt(jobs, ranks)
+    mine = jobs[ranks.rank::ranks.world]
     if jobs and not mine:
         print(f"rank {ranks.rank} only waits: {ranks.world} processes, {what} to train: "
               f"{len(jobs)}")
@@ -199,8 +191,9 @@ def gather(x, count, ranks):
         return x
     rows = [torch.empty_like(x) for _ in range(ranks.world)]
     dist.all_gather(rows, x.detach().contiguous())
-    rows[ranks.rank] = own = x.clone()  # x may have another gradient from elsewhere, as z has
-    own.register_hook(lambda grad: grad * ranks.world)
+    if x.requires_grad:
+        rows[ranks.rank] = own = x.clone()  # x may have another gradient from elsewhere, as z has
+        own.register_hook(lambda grad: grad * ranks.world)
     return torch.cat(rows)[:count]
 
 
@@ -240,9 +233,6 @@ def save(path, state):
 
 def read_checkpoint(path):
     """What torch.save wrote, on the CPU; code in the file is not run."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; give another, or train it first (beside a "
-                        "teacher.pt belong stage 1's visual.pt and features.npz)")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's, about files not its own
             # torch does not compare the checksums that a zip file has
@@ -250,14 +240,14 @@ def read_checkpoint(path):
                 raise zipfile.BadZipFile
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise all kinds
-        if isinstance(error, PermissionError) or data.lacks_memory(error):
+        if data.lacks_memory(error):
             raise
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code:
-            raise UserError(f"{path}: holds {code[1]}, which is code and not loaded; save tensors "
-                            "alone: torch.save(model.state_dict(), FILE)") from None
-        raise UserError(f"{path}: damaged, or no checkpoint ({type(error).__name__}); give another "
-                        "file, or move it away and train or download it again") from None
+        code = re.search(r"GLOBAL \S+|$", str(error))[0]
+        reason = getattr(error, "strerror", None) or code or type(error).__name__
+        raise UserError(
+            f"{path}: cannot be loaded ({reason}); give another file, of tensors and no code "
+            "(torch.save(model.state_dict(), FILE)), or move it away and train or download it "
+            "again; beside a teacher.pt belong stage 1's visual.pt and features.npz") from None
 
 
 def load(path, kind, wanted=None):
@@ -270,10 +260,10 @@ def load(path, kind, wanted=None):
     except Exception:  # any kind of content
         raise UserError(f"{path}: not a {kind} checkpoint as these scripts write it; "
                         "give another file, or delete it and train it again") from None
+    wanted = wanted or state["settings"]
     there = dict(flat(state["settings"]))
-    wanted = dict(flat(wanted or {})) or there
-    for key in wanted | there:
-        old, new = there.get(key), wanted.get(key)
+    for key, new in flat(wanted):
+        old = there.get(key)
         if key != "root" and old != new:
             raise UserError(f"{path} was trained with {key} {old}, not {new}; use the same flags "
                             "and unchanged data, or another --out, or delete its folder")
@@ -307,13 +297,13 @@ def ran_on(args, ranks, settings, train):
     stage 2 has a higher rate, for the T-Net's sake, and stage 3 draws labelled samples for each
     step.
     """
-    cuda = args.device.type == "cuda"
-    of = torch.cuda.get_device_name(args.device) if cuda else f"threads {torch.get_num_threads()}"
-    labelled = train.labelled
-    few = 2 * int(labelled.sum()) < len(labelled)
-    return dict(device=f"{args.device}, {of}", processes=ranks.world,
-                unlabelled=int((~labelled).sum()), few_labels=few,
-                fusion_lr=fusion_lr(settings, few))
+    of = f"threads {torch.get_num_threads()}"
+    if args.device.type == "cuda":
+        of = torch.cuda.get_device_name(args.device)
+    unlabelled = int((~train.labelled).sum())
+    few = 2 * unlabelled > len(train.index)
+    return dict(device=f"{args.device}, {of}", processes=ranks.world, unlabelled=unlabelled,
+                few_labels=few, fusion_lr=fusion_lr(settings, few))
 
 
 def fusion_lr(settings, few):
@@ -342,7 +332,7 @@ def clip_loader(source, modality, index, batches, args):
 
 
 def bar(batches, text):
-    return data.bar(batches, text, quiet=not first_of_all())
+    return data.bar(batches, text, quiet=not (text and first_of_all()))
 
 
 def from_all(thing, ranks):
@@ -354,17 +344,11 @@ def from_all(thing, ranks):
 
 
 @torch.inference_mode()
-def answers(forward, batches, ranks=ALONE):
+def answers(forward, batches, count=None, ranks=ALONE):
     """forward(batch) over all batches, concatenated on the CPU: one copy, no step waits for it.
-
-    Under torchrun this rank has every world-th batch (`dealt`): all are those of a single process,
-    and each counts once.
-    """
-    outputs = [forward(batch).float() for batch in batches]
-    if ranks.world > 1:
-        parts = from_all([output.cpu() for output in outputs], ranks)
-        outputs = [output for turn in zip_longest(*parts) for output in turn if output is not None]
-    return torch.cat(outputs).cpu()
+    Under torchrun the batches are those of this rank's `share` of `count` samples."""
+    outputs = torch.cat([forward(batch).float() for batch in batches])
+    return gather(outputs, count, ranks).cpu()
 
 
 def clip_answers(network, source, modality, index, settings, args, ranks):
@@ -373,9 +357,9 @@ def clip_answers(network, source, modality, index, settings, args, ranks):
     def forward(clips):
         return network(clips.to(args.device, non_blocking=True))
 
-    batches = dealt(torch.arange(len(index)).split(settings["batch_size"]), ranks)
+    batches = share(torch.arange(len(index)), ranks).split(settings["batch_size"])
     clips = clip_loader(source, modality, index, batches, args)
-    return answers(forward, bar(clips, modality), ranks)
+    return answers(forward, bar(clips, modality), len(index), ranks)
 
 
 def measure(source, windows, output):
@@ -419,7 +403,7 @@ def answer(*found):
 def print_mean(found, settings, ranks):
     """The last line of a command for several folds; found: {fold: what `answer` shows}, of those
     that this rank had."""
-    folds = {fold: one for part in from_all(found, ranks) for fold, one in part.items()}
+    folds = ChainMap(*from_all(found, ranks))
     if len(folds) > 1 and first_of_all():
         where = heading(settings | {"fold": ", ".join(map(str, sorted(folds)))})
         print(f"{where}, mean ± sd over folds: {answer(*folds.values())}")
@@ -429,59 +413,60 @@ def snapshot(module):
     return {k: v.cpu().clone() for k, v in module.state_dict().items()}
 
 
-def step_means(terms, names, epoch):
-    """Mean of each loss term over an epoch's steps, and what is wrong with them: None, or the first
-    step that was not finite. terms: a list of tensors (len(names),). The host waits for the device
-    here, once an epoch."""
+def epochs(count, model, optimizer, best, path, settings, args, ranks=ALONE, text=""):
+    """Yields the numbers of the epochs to train: from the beginning, or for --resume from where an
+    interrupted run stopped, with its weights and its best. After each, what --resume goes on from
+    is kept at the path (None: nowhere), unless the file there is a few seconds old."""
+    first = 0
+    if path and path.exists():
+        if args.resume:
+            state = load(path, "progress", settings)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            best.update(state["best"])
+            first = state["epoch"] + 1
+        elif first_of_all():
+            print(f"{path}: an interrupted run's; --resume would go on, this begins anew",
+                  file=sys.stderr)
+
+    for epoch in bar(range(first, count), text):
+        yield epoch
+        recent = path and path.exists() and time.time() - path.stat().st_mtime < SAVE_EVERY
+        if path and not recent and ranks.rank == 0:
+            save(path, dict(kind="progress", settings=settings, epoch=epoch, best=best,
+                            model=model.state_dict(), optimizer=optimizer.state_dict()))
+
+
+def step_means(terms, names, epoch, advice, path, best, ranks=ALONE):
+    """Mean of each loss term over an epoch's steps; terms: a list of tensors (len(names),). The
+    host waits for the device here, once an epoch.
+
+    A loss that is not finite ends the run; the best epoch before it, a checkpoint if there was one,
+    is kept beside the path.
+    """
     terms = torch.stack(terms).cpu()  # (steps, names)
-    finite = terms.isfinite().all(1)
-    if finite.all():
-        return terms.mean(0).tolist(), None
-    step = finite.tolist().index(False)
+    finite = terms.isfinite().all(1).tolist()
+    if all(finite):
+        return terms.mean(0).tolist()
+
+    step = finite.index(False)
     found = ", ".join(f"{name} {value:.4g}"
                       for name, value in zip(names, terms[step], strict=True))
-    return None, f"epoch {epoch + 1}, step {step + 1}: the loss is not finite, {found}"
-
-
-def diverged(fault, advice, path, state, ranks=ALONE):
-    """Stop a run whose loss is not finite; its best epoch so far, if there is one, stays usable."""
-    path = path.with_suffix(".diverged.pt")
-    if state and ranks.rank == 0:
-        save(path, state)
+    fault = f"epoch {epoch + 1}, step {step + 1}: the loss is not finite, {found}; {advice}"
+    if best:
+        path = path.with_suffix(".diverged.pt")
+        fault += f"; the best epoch before it is kept in {path}"
+        if ranks.rank == 0:
+            save(path, best)
     if ranks.world > 1:
         wait_for_all()  # the first rank to end would end the others
-    kept = f"; the best epoch before it is kept in {path}" if state else ""
-    raise UserError(f"{fault}; {advice}{kept}")
+    raise UserError(fault)
 
 
-def better(best, score, epoch, model):
-    """The best epoch so far: the one before, or this one if its score is higher."""
-    if best and score <= best["score"]:
-        return best
-    return dict(score=score, epoch=epoch, model=snapshot(model))
-
-
-def start_or_resume(model, optimizer, path, settings, resume):
-    """A training's first epoch and the best so far: from the beginning, or for --resume from where
-    an interrupted run stopped, weights included."""
-    there = path.exists()
-    if there and not resume and first_of_all():
-        print(f"{path}: an interrupted run's; --resume would go on, this begins anew",
-              file=sys.stderr)
-    if not (there and resume):
-        return 0, {}
-    state = load(path, "progress", settings)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["epoch"] + 1, state["best"]
-
-
-def keep_progress(path, settings, epoch, model, optimizer, best):
-    """What --resume goes on from, unless the file there is a few seconds old."""
-    if path.exists() and time.time() - path.stat().st_mtime < SAVE_EVERY:
-        return
-    save(path, dict(kind="progress", settings=settings, epoch=epoch, model=model.state_dict(),
-                    optimizer=optimizer.state_dict(), best=best))
+def keep_best(best, score, epoch, model):
+    """Makes `best` this epoch's, if there was none or its score is higher than the one before."""
+    if not best or score > best["score"]:
+        best.update(score=score, epoch=epoch, model=snapshot(model))
 
 
 # ------------------------------------------------------------------------------ the two stages
@@ -551,6 +536,7 @@ VARIANT = "{visual_backbone} {fusion} length{length} {labelled}labels {folds} se
 def variant(settings):
     """c2, c5 or va, then whatever is not the default: no teacher overwrites another's."""
     default = settings | COMMON | DEFAULTS[settings["dataset"]]
+    settings = default | settings  # stage 1's have no fusion head
     names = [f"c{settings['outputs']}" if settings["task"] == "classification" else "va"]
     names += [part.format(**settings) for part in VARIANT.split()
               if part.format(**settings) != part.format(**default)]
@@ -564,8 +550,7 @@ def run_folder(settings, out):
 
 def stage_1(settings):
     """The settings of a teacher that its backbones depend on: all but the fusion head's."""
-    fusion = DEFAULTS[settings["dataset"]]["fusion"]
-    return {k: v for k, v in settings.items() if not k.startswith("fusion_")} | {"fusion": fusion}
+    return {k: v for k, v in settings.items() if not k.startswith("fusion")}
 
 
 def stage_1_folder(run, settings):
@@ -629,10 +614,11 @@ def train_backbone(modality, source, fold, settings, folder, args, ranks):
     # Adam (section IV-B), from the beginning or from where an interrupted run stopped
     model.to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings["lr"], fused=True)
-    first, best = start_or_resume(model, optimizer, progress, settings, args.resume)
     over_ranks = spread(model, args, ranks)
     checkpoint = dict(kind=modality, settings=settings)
-    for epoch in range(first, settings["backbone_epochs"]):
+    best = {}
+    for epoch in epochs(settings["backbone_epochs"], model, optimizer, best, progress, settings,
+                        args, ranks):
         start = time.time()
 
         # a new order, in which every sample counts once: a last, smaller batch is not dropped
@@ -660,10 +646,8 @@ def train_backbone(modality, source, fold, settings, folder, args, ranks):
             optimizer.step()
             losses.append(loss.detach()[None])
 
-        # a loss that is not finite ends the run; what was best before it is kept
-        means, fault = step_means(losses, ["L_gt"], epoch)
-        if fault:
-            diverged(fault, "lower --lr", path, best and (checkpoint | best), ranks)
+        loss, = step_means(losses, ["L_gt"], epoch, "lower --lr", path, best and checkpoint | best,
+                           ranks)
 
         # the epoch is chosen on held-out training groups
         model.eval()
@@ -671,16 +655,13 @@ def train_backbone(modality, source, fold, settings, folder, args, ranks):
             dist.broadcast(buffer, 0)  # all ranks take the first one's batch norm
         output = clip_answers(model, source, modality, fold.val.index, settings, args, ranks)
         found = measure(source, fold.val, output)
-        best = better(best, criterion(found), epoch, model)
-
-        if ranks.rank > 0:
-            continue  # the first rank writes for all
-        seconds = time.time() - start
-        append_line(folder / "log.jsonl", dict(  # before the progress: no epoch is left out
-            stage=modality, epoch=epoch + 1, loss=means[0], **found, seconds=seconds))
-        print(f"{modality} epoch {epoch + 1:3d}  loss {means[0]:.4f}  val {show(found)}  "
-              f"{seconds:.1f} s")
-        keep_progress(progress, settings, epoch, model, optimizer, best)
+        keep_best(best, criterion(found), epoch, model)
+        if ranks.rank == 0:
+            seconds = time.time() - start
+            append_line(folder / "log.jsonl", dict(
+                stage=modality, epoch=epoch + 1, loss=loss, **found, seconds=seconds))
+            print(f"{modality} epoch {epoch + 1:3d}  loss {loss:.4f}  val {show(found)}  "
+                  f"{seconds:.1f} s")
 
     # what goes on is the best epoch, not the last
     if ranks.rank == 0:
@@ -699,12 +680,9 @@ def load_public_weights(backbone, weights):
                             "--visual-weights")
         public = torchvision.models.video.R3D_18_Weights.KINETICS400_V1
         weights = Path(torch.hub.get_dir(), "checkpoints", Path(public.url).name)
-        try:
+        with data.reading(weights, "the download failed", "give a file with --visual-weights"):
             if not weights.exists():
                 public.get_state_dict(check_hash=True)  # a login page is no weights
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"--pretrained: the download failed ({error}); "
-                            "give a file with --visual-weights") from None
     state = read_checkpoint(weights)
     try:
         left_out, missing = models.load_weights(backbone, state)
@@ -740,24 +718,25 @@ def train_fusion(features, fold, settings, lr, run, args):
     """Stage 2, second half: fusion head on the task loss, T-Net on MSE(T(visual), privileged); the
     best epoch of each. Samples without a label are pairs of modalities, and count for the T-Net.
     """
-    progress = run / "fusion.progress"
-    progress_of = settings | {"backbones": features.backbones}
     seed_all(settings["seed"], 2)
     model = nn.ModuleDict({"head": make_head(settings), "tnet": models.TNet()}).to(args.device)
+    head, tnet = model.values()
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
-    first, best = start_or_resume(model, optimizer, progress, progress_of, args.resume)
+    progress_of = settings | {"backbones": features.backbones}
+    best = {"head": {}, "tnet": {}}
     visual, privileged = features.rows.values()
     index = fold.train.index.to(args.device)
     label = fold.train.label.to(args.device)
 
     def output_of(rows):
-        return model["head"](visual[rows], privileged[rows]).output
+        return head(visual[rows], privileged[rows]).output
 
     def squared_error(rows):
-        return (model["tnet"](visual[rows]) - privileged[rows]).square().mean((1, 2))
+        return (tnet(visual[rows]) - privileged[rows]).square().mean((1, 2))
 
     start = time.time()
-    for epoch in bar(range(first, settings["fusion_epochs"]), "fusion"):
+    for epoch in epochs(settings["fusion_epochs"], model, optimizer, best, run / "fusion.progress",
+                        progress_of, args, text="fusion"):
         # a new order of all pairs, labelled or not
         seed_all(settings["seed"], 2, epoch + 1)
         order = torch.randperm(len(index)).to(args.device)
@@ -769,30 +748,27 @@ def train_fusion(features, fold, settings, lr, run, args):
             v, p = visual[index[batch]], privileged[index[batch]]  # (B, L, 512)
 
             # the head sees both modalities; the T-Net guesses one from the other, label or not
-            loss_gt = task_loss(model["head"](v, p).output, label[batch])  # Eq. 7 or 8
-            loss_tnet = nn.functional.mse_loss(model["tnet"](v), p)
+            loss_gt = task_loss(head(v, p).output, label[batch])  # Eq. 7 or 8
+            loss_tnet = nn.functional.mse_loss(tnet(v), p)
             loss = loss_gt + loss_tnet
 
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             terms.append(torch.stack([loss_gt, loss_tnet]).detach())
-        means, fault = step_means(terms, ["L_gt", "T-Net's MSE"], epoch)
-        if fault:
-            state = best and dict(kind="fusion", settings=settings, **best)
-            diverged(fault, "lower --fusion-lr", run / "fusion.pt", state)
+        loss, tnet_loss = step_means(
+            terms, ["L_gt", "T-Net's MSE"], epoch, "lower --fusion-lr", run / "fusion.pt",
+            best["head"] and dict(kind="fusion", settings=settings, **best))
 
         # each keeps its own best epoch, chosen on held-out training groups
         model.eval()
         batches = fold.val.index.split(256)
         found = measure(features, fold.val, answers(output_of, batches))
         mse = answers(squared_error, batches).mean().item()
-        for name, value in (("head", criterion(found)), ("tnet", -mse)):
-            best[name] = better(best.get(name), value, epoch, model[name])
-
-        append_line(run / "log.jsonl", dict(stage="fusion", epoch=epoch + 1, loss=means[0],
-                                            tnet_loss=means[1], tnet_val_mse=mse, **found))
-        keep_progress(progress, progress_of, epoch, model, optimizer, best)
+        keep_best(best["head"], criterion(found), epoch, head)
+        keep_best(best["tnet"], -mse, epoch, tnet)
+        append_line(run / "log.jsonl", dict(stage="fusion", epoch=epoch + 1, loss=loss,
+                                            tnet_loss=tnet_loss, tnet_val_mse=mse, **found))
 
     # the T-Net's error says little without the variance of what it guesses
     variance = privileged[fold.val.index].var(dim=(0, 1), correction=0).mean().item()
@@ -803,12 +779,6 @@ def train_fusion(features, fold, settings, lr, run, args):
     for name, module in model.items():
         module.load_state_dict(best[name]["model"])
     return model.eval()
-
-
-def backbone_state(state):
-    """The backbone's part of a stage 1 checkpoint."""
-    return {key.removeprefix("backbone."): value for key, value in state["model"].items()
-            if key.startswith("backbone.")}
 
 
 def open_features(folder, settings, device):
