@@ -38,7 +38,7 @@ class Backbone(nn.Module):
         spectrograms, one a feature for vectors. A constant is only centred."""
         count = sums = 0
         for clips in batches:
-            x = clips.double()
+            x = clips.cpu().double()  # not every device has doubles
             powers = [power.sum_to_size(self.mean.shape) for power in (x, x.square())]
             sums += torch.stack(powers)
             count += x.numel() / self.mean.numel()

@@ -57,7 +57,6 @@ from train_teacher import (
     autocast,
     bar,
     clip_answers,
-    clip_loader,
     content,
     criterion,
     defaults,
@@ -82,6 +81,7 @@ from train_teacher import (
     open_features,
     print_mean,
     ran_on,
+    read_clips,
     result_line,
     run_folder,
     save,
@@ -307,10 +307,10 @@ def student_inputs(seen, index, batches, args):
     if torch.is_tensor(seen.visual):
         visual = (seen.visual[rows] for rows in windows)
     else:
-        visual = clip_loader(seen.visual, "visual", index, batches, args)
+        visual = read_clips(seen.visual, "visual", index, batches, args)
     for rows, x in zip(windows, visual, strict=True):
         instead = None if seen.privileged is None else seen.privileged[rows]
-        yield x.to(args.device, non_blocking=True), instead
+        yield x, instead
 
 
 @torch.no_grad()

@@ -322,13 +322,15 @@ def start_log(run, settings, **ran):
         "date": time.strftime("%Y-%m-%d %H:%M:%S")})
 
 
-def clip_loader(source, modality, index, batches, args):
-    """Clips (B, L, ...) of the windows index (S, L), for each of `batches`, tensors of numbers of
-    windows. Files are decoded in worker processes."""
-    return DataLoader([index[batch].tolist() for batch in batches], batch_size=None,
-                      collate_fn=partial(data.read_windows, getattr(source, modality)),
-                      num_workers=0 if isinstance(source, data.Features) else args.workers,
-                      pin_memory=args.device.type == "cuda")
+def read_clips(source, modality, index, batches, args, text=""):
+    """Yields the clips (B, L, ...) of the windows index (S, L), on the device, for each of
+    `batches`, tensors of numbers of windows. Files are decoded in worker processes."""
+    clips = DataLoader([index[batch].tolist() for batch in batches], batch_size=None,
+                       collate_fn=partial(data.read_windows, getattr(source, modality)),
+                       num_workers=0 if isinstance(source, data.Features) else args.workers,
+                       pin_memory=args.device.type == "cuda")
+    for x in bar(clips, text):
+        yield x.to(args.device, non_blocking=True)
 
 
 def bar(batches, text):
@@ -353,13 +355,10 @@ def answers(forward, batches, count=None, ranks=ALONE):
 
 def clip_answers(network, source, modality, index, settings, args, ranks):
     """`answers` of a network to the clips of all windows index (S, L), read from disk."""
-    @autocast(args, settings["amp"])
-    def forward(clips):
-        return network(clips.to(args.device, non_blocking=True))
-
     batches = share(torch.arange(len(index)), ranks).split(settings["batch_size"])
-    clips = clip_loader(source, modality, index, batches, args)
-    return answers(forward, bar(clips, modality), len(index), ranks)
+    clips = read_clips(source, modality, index, batches, args, modality)
+    with autocast(args, settings["amp"]):
+        return answers(network, clips, len(index), ranks)
 
 
 def measure(source, windows, output):
@@ -608,8 +607,8 @@ def train_backbone(modality, source, fold, settings, folder, args, ranks):
             print(told)
     if backbone.fitted:
         index = fold.train.index
-        every = clip_loader(source, modality, index, torch.arange(len(index)).split(64), args)
-        backbone.standardise(bar(every, "statistics"))
+        every = torch.arange(len(index)).split(64)
+        backbone.standardise(read_clips(source, modality, index, every, args, "statistics"))
 
     # Adam (section IV-B), from the beginning or from where an interrupted run stopped
     model.to(args.device)
@@ -625,14 +624,13 @@ def train_backbone(modality, source, fold, settings, folder, args, ranks):
         seed_all(settings["seed"], stage, epoch + 1)
         batches = torch.randperm(len(train.index)).split(settings["batch_size"])
         shares = [share(batch, ranks) for batch in batches]
-        clips = clip_loader(source, modality, train.index, shares, args)
+        clips = read_clips(source, modality, train.index, shares, args, f"{modality} {epoch + 1}")
 
         # one pass over the training samples that have a label
         model.train()
         losses = []
-        for batch, x in zip(batches, bar(clips, f"{modality} {epoch + 1}"), strict=True):
+        for batch, x in zip(batches, clips, strict=True):
             # forward: this rank's share of the batch
-            x = x.to(args.device, non_blocking=True)
             with autocast(args, settings["amp"]):
                 output = over_ranks(x)
 
