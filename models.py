@@ -88,7 +88,7 @@ def pad_same(x, layer):
     an odd rest goes at the end."""
     pads = []
     for size, k, s in zip(x.shape[2:], layer.kernel_size, layer.stride, strict=True):
-        total = max(k - (size % s or s), 0)
+        total = k - (size % s or s)  # no window here is shorter than its stride
         pads = [total // 2, total - total // 2, *pads]  # F.pad wants the last axis first
     return F.pad(x, pads)
 

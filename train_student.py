@@ -142,11 +142,12 @@ def distil(teacher, features, fold, args, ranks, run=None):
     samples = len(index)
     b = min(args.batch_size, samples)
     args = with_flags(args, k=min(args.k, b))
-    if run and ranks.rank == 0 and b < args.batch_size:
+    writes = run and ranks.rank == 0
+    if writes and b < args.batch_size:
         print(f"warning: only {samples} training samples; batches are of {b} and k is {args.k}",
               file=sys.stderr)
     ran = ran_on(args, ranks, settings, fold_of(features, settings).train)
-    if run and ranks.rank == 0:
+    if writes:
         start_log(run, settings, **ran, batch_size=b)
 
     # the student, and what it sees
@@ -156,14 +157,14 @@ def distil(teacher, features, fold, args, ranks, run=None):
     network = student if args.finetune else student.fuse
     over_ranks = spread(network, args, ranks)
     finished = (run or Path()) / f"student-{args.method}.pt"
-    progress = finished.with_suffix(".progress")
+    progress = run and finished.with_suffix(".progress")
     progress_of = settings | {"student": choice}
     optimizer = torch.optim.Adam(trained.parameters(), lr=choice["lr"], fused=True)
-    start = run and student_state(student, progress_of, features, fold)
+    checkpoint = run and student_state(student, progress_of, features, fold)
 
     count = choice["epochs"]
     best = {}
-    for epoch in epochs(count, trained, optimizer, best, run and progress, progress_of, args, ranks,
+    for epoch in epochs(count, trained, optimizer, best, progress, progress_of, args, ranks,
                         f"{args.method} fold {settings['fold']}"):
         # S wants b rows: the rest, fewer than b, is dropped
         seed_all(args.seed, 3, epoch + 1)
@@ -198,7 +199,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
             terms.append(torch.stack([loss_gt, W, KL]).detach())
         loss_gt, W, KL = step_means(
             terms, ["L_gt", "W", "KL"], epoch, "lower --lr or raise --epsilon", finished,
-            best and run and start | {"model": start["model"] | best["model"]}, ranks)
+            best and run and checkpoint | {"model": checkpoint["model"] | best["model"]}, ranks)
 
         # what chooses the epoch: held-out training groups (val), the test fold (test; the release)
         # or nothing (last)
@@ -212,7 +213,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
         keep_best(best, criterion(found), epoch, trained)
 
         # the terms of every epoch go to log.jsonl, Eq. 9's of ten to the screen
-        if run and ranks.rank == 0:
+        if writes:
             lambda_w = choice["lambda"] * W
             append_line(run / "log.jsonl", dict(
                 stage="student", method=args.method, seed=args.seed, epoch=epoch + 1,
@@ -230,7 +231,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
         validation = criterion(measure(features, fold.val, output))
     output = student_answers(network, seen, fold.test.index, args, ranks)
     found = measure(features, fold.test, output)
-    if run and ranks.rank == 0:
+    if writes:
         index, keep, _ = fold.test
         with (data.replacing(finished.with_suffix(".csv")) as part,
               open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file):

@@ -723,8 +723,7 @@ def train_fusion(features, fold, settings, lr, run, args):
     progress_of = settings | {"backbones": features.backbones}
     best = {"head": {}, "tnet": {}}
     visual, privileged = features.rows.values()
-    index = fold.train.index.to(args.device)
-    label = fold.train.label.to(args.device)
+    index, _, label = (field.to(args.device) for field in fold.train)
 
     def output_of(rows):
         return head(visual[rows], privileged[rows]).output
@@ -776,7 +775,7 @@ def train_fusion(features, fold, settings, lr, run, args):
           "features' variance unexplained")
     for name, module in model.items():
         module.load_state_dict(best[name]["model"])
-    return model.eval()
+    return model.eval().values()
 
 
 def open_features(folder, settings, device):
@@ -827,21 +826,21 @@ def train_teacher(settings, source, args, ranks):
             return None
         features = open_features(folder, settings, args.device)
         fold = fold_of(features, settings, dense=True)
-        model = train_fusion(features, fold, settings, ran["fusion_lr"], run, args)
+        head, tnet = train_fusion(features, fold, settings, ran["fusion_lr"], run, args)
 
         # the test fold, once
         visual, privileged = features.rows.values()
         forward = {
             "visual": lambda rows: single["visual"].classify(visual[rows]),
             "privileged": lambda rows: single["privileged"].classify(privileged[rows]),
-            "multimodal": lambda rows: model["head"](visual[rows], privileged[rows]).output}
+            "multimodal": lambda rows: head(visual[rows], privileged[rows]).output}
         found = {}
         for role, answer_to in forward.items():
             output = answers(answer_to, fold.test.index.split(256))
             found[role] = measure(features, fold.test, output)
 
         state = dict(kind="teacher", settings=settings, metrics=found, backbones=backbones,
-                     head=model["head"].state_dict(), tnet=model["tnet"].state_dict())
+                     head=head.state_dict(), tnet=tnet.state_dict())
         save(path, state)
         (run / "fusion.progress").unlink(missing_ok=True)
         for role, values in found.items():
