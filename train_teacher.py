@@ -415,7 +415,7 @@ def snapshot(module):
 def epochs(count, model, optimizer, best, path, settings, args, ranks=ALONE, text=""):
     """Yields the numbers of the epochs to train: from the beginning, or for --resume from where an
     interrupted run stopped, with its weights and its best. After each, what --resume goes on from
-    is kept at the path (None: nowhere), unless the file there is a few seconds old."""
+    is kept at the path (None: nowhere), unless that was done a few seconds ago."""
     first = 0
     if path and path.exists():
         if args.resume:
@@ -428,10 +428,11 @@ def epochs(count, model, optimizer, best, path, settings, args, ranks=ALONE, tex
             print(f"{path}: an interrupted run's; --resume would go on, this begins anew",
                   file=sys.stderr)
 
+    saved = 0
     for epoch in bar(range(first, count), text):
         yield epoch
-        recent = path and path.exists() and time.time() - path.stat().st_mtime < SAVE_EVERY
-        if path and not recent and ranks.rank == 0:
+        if path and ranks.rank == 0 and time.time() - saved >= SAVE_EVERY:
+            saved = time.time()
             save(path, dict(kind="progress", settings=settings, epoch=epoch, best=best,
                             model=model.state_dict(), optimizer=optimizer.state_dict()))
 
