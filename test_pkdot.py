@@ -2147,7 +2147,7 @@ def test_a_checkpoint_that_is_not_damaged_is_not_called_so(fault, word, mine, mo
 
 def test_a_teacher_without_its_backbones_names_what_is_missing(mine):
     os.remove(mine / "visual.pt")
-    refused(train_student, f"--teacher {mine}/teacher.pt", "visual.pt", "No such file")
+    refused(train_student, f"--teacher {mine}/teacher.pt", "visual.pt", "no such file")
 
 
 @parametrize("flags", [

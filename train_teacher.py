@@ -233,6 +233,9 @@ def save(path, state):
 
 def read_checkpoint(path):
     """What torch.save wrote, on the CPU; code in the file is not run."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; give another, or train it first (beside a "
+                        "teacher.pt belong stage 1's visual.pt and features.npz)")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's, about files not its own
             # torch does not compare the checksums that a zip file has
@@ -247,7 +250,7 @@ def read_checkpoint(path):
         raise UserError(
             f"{path}: cannot be loaded ({reason}); give another file, of tensors and no code "
             "(torch.save(model.state_dict(), FILE)), or move it away and train or download it "
-            "again; beside a teacher.pt belong stage 1's visual.pt and features.npz") from None
+            "again") from None
 
 
 def load(path, kind, wanted=None):
