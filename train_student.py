@@ -108,21 +108,20 @@ DRAWN = 32  # of few labels: labelled samples in each step, beside b pairs witho
 
 
 class Method(NamedTuple):
-    loss: Callable  # of the student's Fused of a batch, the teacher's, and the flags
+    loss: Callable  # of the student's part of a batch, the teacher's, and these flags by name
     flags: str = ""  # those that it reads, besides lambda
+    part: str = "z"  # of their Fused; or "output"
 
 
 # What lambda weighs in Eq. 9. To add a baseline: write its loss in pkdot.py, and a line here.
 METHODS = {
-    "pkdot": Method(lambda s, t, args: pkdot_loss(  # Eq. 1-6
-        s.z, t.z, args.k, args.epsilon, args.debias, args.anchors, args.shared, args.transport),
-        "k epsilon debias anchors shared transport"),
-    "cosine": Method(lambda s, t, args: cosine_loss(s.z, t.z)),
-    "mse": Method(lambda s, t, args: mse_loss(s.z, t.z)),
-    "kl": Method(lambda s, t, args: kl_loss(s.output, t.output)),
-    "rkd": Method(lambda s, t, args: rkd_loss(s.z, t.z)),
-    "similarity": Method(lambda s, t, args: similarity_loss(s.z, t.z, args.k), "k"),
-    "none": Method(lambda s, t, args: s.z.new_zeros(()))}
+    "pkdot": Method(pkdot_loss, "k epsilon debias anchors shared transport"),  # Eq. 1-6
+    "cosine": Method(cosine_loss),
+    "mse": Method(mse_loss),
+    "kl": Method(kl_loss, part="output"),
+    "rkd": Method(rkd_loss),
+    "similarity": Method(similarity_loss, "k"),
+    "none": Method(lambda student, teacher: student.new_zeros(()))}
 
 
 def distil(teacher, features, fold, args, ranks, run=None):
@@ -256,8 +255,9 @@ def needs_classes(args):
 
 def distillation_loss(s, t, args):
     """W in Eq. 9; NaN for a student that has diverged, which `step_means` reports."""
+    loss, flags, part = METHODS[args.method]
     try:
-        return METHODS[args.method].loss(s, t, args)
+        return loss(getattr(s, part), getattr(t, part), **values_of(args, flags))
     except ValueError:
         if s.z.isfinite().all():
             raise
@@ -415,24 +415,24 @@ def choices(args, teacher):
     """What a student was made of, that a results line must agree in to stand for it: its teacher,
     and the flags that its method reads."""
     common = "method hallucinate batch_size lr finetune select seed amp kl "
-    flags = common + METHODS[args.method].flags
-    choice = {flag: vars(args)[flag] for flag in flags.split()}
+    choice = values_of(args, common + METHODS[args.method].flags)
     settings = teacher["settings"]
     choice["epochs"] = args.epochs or (STAND_IN_EPOCHS if settings["synthetic"] else EPOCHS)
     choice["lambda"] = 0.0 if args.method == "none" else args.lambdas[0]
     return choice | {"teacher": teacher["made of"]}
 
 
+class WithoutDocstrings(ast.NodeTransformer):
+    def visit_Expr(self, node):
+        return None if isinstance(node.value, ast.Constant) else node
+
+
 @cache  # and called first of all: what is edited meanwhile is not what runs
 def code():
     """12 hex digits of all code that makes results, without comments and docstrings."""
-    trees = [ast.parse(Path(__file__).with_name(f"{name}.py").read_bytes()) for name in
-             "sinkhorn pkdot models data train_teacher train_student".split()]
-    for node in chain.from_iterable(map(ast.walk, trees)):
-        if isinstance(getattr(node, "body", None), list):
-            node.body = [line for line in node.body if not (
-                isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]
-    return fingerprint([ast.dump(tree) for tree in trees])
+    modules = "sinkhorn pkdot models data train_teacher train_student".split()
+    trees = [ast.parse(Path(__file__).with_name(f"{name}.py").read_bytes()) for name in modules]
+    return fingerprint([ast.dump(WithoutDocstrings().visit(tree)) for tree in trees])
 
 
 def teachers_under(out, name):
@@ -610,10 +610,6 @@ class Column(NamedTuple):
         return f"{self.series}, {self.name}" if self.series else self.name
 
     @property
-    def digits(self):
-        return 2 if self.metric == "accuracy" else 3
-
-    @property
     def unit(self):
         return "accuracy (%)" if self.metric == "accuracy" else "CCC"
 
@@ -633,29 +629,15 @@ class Table(NamedTuple):
 
 class Cell(NamedTuple):
     """A row of a table in one of its columns."""
-    row: Row
-    column: Column
-    flags: Namespace  # the command's, with the column's and the row's
+    metric: str
+    reference: tuple  # the cell that its difference is to
+    flags: Namespace | None  # the command's, with the column's and the row's; None: undefined
+    teachers: list
     runs: dict  # {(fold, seed): results line}; a bound has a run a fold, of seed None
 
     @property
-    def undefined(self):
-        student = self.flags.role == "student"
-        return student and needs_classes(self.flags) and self.column.metric != "accuracy"
-
-    @property
-    def never_run(self):
-        return self.row.flags is None or self.undefined
-
-    @property
-    def which(self):
-        """What cells agree in that share their teachers."""
-        flags = self.flags
-        return flags.dataset, flags.classes, flags.labelled, flags.folds
-
-    @property
     def values(self):
-        return {run: line[self.column.metric] for run, line in self.runs.items()}
+        return {run: line[self.metric] for run, line in self.runs.items()}
 
 
 TABLE_I = {
@@ -797,12 +779,18 @@ def warn_once(text):
 
 
 def empty_cells(table, args):
-    """{(row, column): Cell} of a table, by label and heading, none of them run."""
+    """{(row, column): Cell} of a table, by label and heading, none of them run. Others' work has
+    no cell."""
+    label, series = table.reference
+    ours = [row for row in table.rows if row.flags is not None]
     cells = {}
-    for row, column in product(table.rows, table.columns):
-        line = f"--dataset {column.dataset} {column.flags} {row.flags or ''}".split()
+    for row, column in product(ours, table.columns):
+        line = f"--dataset {column.dataset} {column.flags} {row.flags}".split()
         flags = parse(line, with_flags(args))  # added to the command's
-        cells[row.label, column.heading] = Cell(row, column, flags, {})
+        if flags.role == "student" and needs_classes(flags) and column.metric != "accuracy":
+            flags = None
+        reference = label or row.label, column._replace(series=series).heading
+        cells[row.label, column.heading] = Cell(column.metric, reference, flags, [], {})
     return cells
 
 
@@ -810,36 +798,29 @@ def fill(table, args, ranks):
     """Trains what the table lacks, teachers included. Returns its cells, what is not the default in
     its teachers, and why data sets or runs are missing."""
     cells = empty_cells(table, args)
-    notes = []
     problems = []
     results = args.out / "results.jsonl"
-    recorded = read_results(results) if args.print else []
+    known = read_results(results)
 
     # the teachers: cells of one data set, with the same classes, labels and folds, share them
     teachers = {}
-    for cell in cells.values():
-        if cell.which in teachers or cell.never_run:
-            continue
-        teachers[cell.which] = []
-        if args.print:
-            teachers[cell.which], note = recorded_teachers(cell.flags, recorded)
-            notes += note
-            continue
-        try:
-            source, wanted, note = teacher_settings(cell.flags)
-        except UserError as error:
-            problems.append(f"{cell.flags.dataset} not run: {error}")
-            continue
-        notes += note
-        teachers[cell.which] = ensure_teachers(source, wanted, cell.flags, ranks, problems)
+    notes = []
+    runnable = [cell for cell in cells.values() if cell.flags]
+    for cell in runnable:
+        flags = cell.flags
+        which = flags.dataset, flags.classes, flags.labelled, flags.folds
+        if which not in teachers:
+            teachers[which] = (recorded_teachers(flags, known) if args.print else
+                               table_teachers(flags, ranks, problems))
+            notes += notes_on(teachers[which], args)
+        cell.teachers.extend(teachers[which])
+    runs = [(cell, *run) for cell in runnable for run in runs_of(cell)]
 
     # the students that results.jsonl lacks
-    known = [] if args.fresh else read_results(results)
     missing = {}
-    for cell in cells.values() if not args.print else ():
-        for _, teacher, flags in students_of(cell, teachers):
-            if not line_of(teacher, flags, known):
-                missing[json.dumps(choices(flags, teacher))] = teacher, flags
+    for _, _, teacher, flags in () if args.print else runs:
+        if not line_of(teacher, flags, [] if args.fresh else known):
+            missing[json.dumps(choices(flags, teacher))] = teacher, flags
     if missing and ranks.rank == 0:
         print(f"students to train: {len(missing)}", file=sys.stderr)
     wait_for_all()
@@ -853,133 +834,118 @@ def fill(table, args, ranks):
 
     # collect: of several lambdas the one that is best on validation
     known = read_results(results)
-    for cell in cells.values():
-        role = cell.flags.role
-        for teacher in teachers.get(cell.which, []) if role != "student" else ():
-            settings = teacher["settings"]
-            if role in teacher["metrics"]:  # a run that was cut off may lack it
-                cell.runs[settings["fold"], None] = settings | teacher["metrics"][role]
-        for run, teacher, flags in students_of(cell, teachers):
-            line = line_of(teacher, flags, known)
-            best = cell.runs.get(run, {"validation": -math.inf})
-            if line and line["validation"] > best["validation"]:
-                cell.runs[run] = line
+    for cell, run, teacher, flags in runs:
+        line = line_of(teacher, flags, known)
+        best = cell.runs.get(run)
+        if line and not (best and best["validation"] >= line["validation"]):
+            cell.runs[run] = line
     return cells, notes, dict.fromkeys(problems)
 
 
-def students_of(cell, teachers):
-    """Yields fold and seed, teacher and flags of each student of a cell: one for each fold and
-    seed, and for each lambda to choose from."""
+def runs_of(cell):
+    """Yields fold and seed, teacher and flags of what a cell may hold: one for each fold and seed,
+    and for each lambda to choose from. A bound has a run a fold."""
     flags = cell.flags
-    if flags.role != "student" or cell.never_run:
-        return
-    seeds = range(flags.seed, flags.seed + flags.seeds)
-    for teacher, seed, weight in product(teachers[cell.which], seeds, flags.lambdas):
-        student = with_flags(flags, seed=seed, lambdas=[weight])
-        yield (teacher["settings"]["fold"], seed), teacher, student
+    seeds, lambdas = range(flags.seed, flags.seed + flags.seeds), flags.lambdas
+    if flags.role != "student":
+        seeds = lambdas = [None]
+    for teacher, seed, weight in product(cell.teachers, seeds, lambdas):
+        settings = teacher["settings"]
+        fold = settings["folds"], settings["fold"]  # divided otherwise, folds are no pair
+        yield (fold, seed), teacher, with_flags(flags, seed=seed, lambdas=[weight])
 
 
 def line_of(teacher, args, known):
-    """The last of the results lines that are a student's of these flags, or None."""
-    settings = {key: teacher["settings"][key] for key in ("dataset", "synthetic", "fold")}
-    wanted = (settings | {"role": "student"} | choices(args, teacher)).items()
-    return next((line for line in reversed(known) if wanted <= line.items()), None)
+    """The results line of a run, or None: of a bound its teacher's, of a student the last one of
+    these flags."""
+    settings = teacher["settings"]
+    if args.role != "student":
+        scores = teacher["metrics"].get(args.role)  # a run that was cut off may lack it
+        return scores and settings | scores
+    wanted = {key: settings[key] for key in ("dataset", "synthetic", "fold")}
+    wanted |= {"role": "student"} | choices(args, teacher)
+    return next((line for line in reversed(known) if wanted.items() <= line.items()), None)
 
 
 def recorded_teachers(args, known):
     """What results.jsonl holds of a table's teachers, one a fold, like the newest: enough to find
-    the lines of their students, and their own scores, without the data; and the note."""
-    lines = [line for line in known if "teacher" in line and line["role"] != "student"
-             and is_of(line, args) and {"all", str(line["fold"])} & {*args.fold}]
-    if not lines:
-        return [], []
-    newest = lines[-1]
-    default = defaults(args.dataset, newest["synthetic"])
-    default["fusion_lr"] = fusion_lr(default, newest["few_labels"])
-    del default["classes"]
-    same = *default, "data"
-    found = {}
-    for line in lines:
-        if any(line.get(key) != newest.get(key) for key in same):
-            continue
-        teacher = found.get(line["fold"])
-        if not teacher or teacher["made of"] != line["teacher"]:
-            teacher = found[line["fold"]] = {
-                "settings": line, "made of": line["teacher"], "metrics": {}}
-        teacher["metrics"][line["role"]] = line
-    changed = {key: newest[key] for key, value in default.items()
-               if newest[key] != value and key not in ("folds", "labelled")}
-    note = note_of(changed, newest)
-    if args.root and Path(newest["root"]) != args.root:
-        note.append(f"- the numbers are of {newest['root']}")
-    return [*found.values()], note
-
-
-def is_of(line, args):
-    """Whether a results line is of the data set and the teachers that a table's flags name."""
+    the lines of their students, and their own scores, without the data."""
     wanted = dict(dataset=args.dataset, labelled=args.labelled, folds=args.folds or "subjects")
     if not args.root:  # which says by itself whether it is a stand-in
         wanted["synthetic"] = args.synthetic
     if args.dataset in data.BioVid.COLUMN:
         wanted["outputs"] = args.classes or 2
-    same_file = args.dataset != "features" or Path(line["root"]).stem == args.root.stem
-    return same_file and wanted.items() <= line.items()
+    lines = [line for line in known if "teacher" in line and line["role"] != "student"
+             and wanted.items() <= line.items() and {"all", str(line["fold"])} & {*args.fold}
+             and (args.dataset != "features" or Path(line["root"]).stem == args.root.stem)]
+    same = *defaults(args.dataset, synthetic=False), "data"
+    lines = [line for line in lines if all(line.get(key) == lines[-1].get(key) for key in same)]
+    newest = {line["fold"]: line for line in lines}
+    return [{"settings": line, "made of": line["teacher"],
+             "metrics": {other["role"]: other for other in lines
+                         if other["teacher"] == line["teacher"]}} for line in newest.values()]
 
 
 def teacher_settings(args):
-    """A table's data set, {teacher.pt: settings} of its teachers, one a fold: like the newest
-    teacher that is there, or train_teacher.py's defaults; and a note of what is not the default."""
-    given = {key: vars(args)[key] for key in "classes labelled folds face_start amp".split()}
+    """A table's data set, and {teacher.pt: settings} of its teachers, one a fold: like the newest
+    teacher that is there, or train_teacher.py's defaults."""
+    given = values_of(args, "classes labelled folds face_start amp")
     settings, source = make_settings(args.dataset, args.root, args.synthetic, **given)
-    name = args.dataset + "-synthetic" * settings["synthetic"]
-    note = []
-    for path in teachers_under(args.out, name):
+    for path in teachers_under(args.out, args.dataset + "-synthetic" * settings["synthetic"]):
         old = load(path, "teacher")["settings"]
-        if any(old[key] != settings[key] for key in ("task", "outputs")):
+        other_file = args.dataset == "features" and old["data"] != settings["data"]
+        if other_file or old["outputs"] != settings["outputs"]:
             continue
         changed = {key: old[key] for key in settings if old[key] != settings[key]
                    and key not in "folds labelled root data".split()}
-        of_images = "length face_start image_size".split()  # of a file they are no flags
-        if args.dataset == "features" and any(key in changed for key in of_images):
-            continue
         like_it = settings, source
         if changed:
             like_it = make_settings(args.dataset, args.root, args.synthetic, **given | changed)
-        if like_it[0]["data"] != old["data"]:
-            continue
-        settings, source = like_it
-        note = note_of(changed, settings)
-        break
-    wanted = {}
-    for one in folds_of(source, settings, args.fold):
-        wanted[run_folder(one, args.out) / "teacher.pt"] = one
-    return source, wanted, note
+        if like_it[0]["data"] == old["data"]:
+            settings, source = like_it
+            break
+    folds = folds_of(source, settings, args.fold)
+    return source, {run_folder(one, args.out) / "teacher.pt": one for one in folds}
 
 
-def note_of(changed, settings):
-    """A line about what is not the default in a table's teachers, if anything is."""
-    said = ", ".join(f"{key} {value}" for key, value in changed.items())
-    return [f"- {settings['dataset']}/{variant(settings)}: teachers with {said}"] * bool(changed)
+def notes_on(teachers, args):
+    """Lines about what is not the default in a table's teachers, and what other root they had."""
+    if not teachers:
+        return
+    settings = teachers[-1]["settings"]
+    default = defaults(settings["dataset"], settings["synthetic"])
+    if "few_labels" in settings:  # of results.jsonl: the rate that the default led to
+        default["fusion_lr"] = fusion_lr(default, settings["few_labels"])
+    said = ", ".join(f"{key} {settings[key]}" for key, value in default.items()
+                     if key not in ("classes", "labelled", "folds") and settings[key] != value)
+    if said:
+        yield f"- {settings['dataset']}/{variant(settings)}: teachers with {said}"
+    if args.root and Path(settings["root"]) != args.root:
+        yield f"- the numbers are of {settings['root']}"
 
 
-def ensure_teachers(source, wanted, args, ranks, problems):
-    """The teachers of {teacher.pt: settings}; each rank trains its share of what is missing. One
-    that diverges is a line in problems."""
+def table_teachers(args, ranks, problems):
+    """A table's teachers; each rank trains its share of what is missing. A data set that is not
+    there, or a teacher that diverges, is a line in problems."""
+    try:
+        source, wanted = teacher_settings(args)
+    except UserError as error:
+        problems.append(f"{args.dataset} not run: {error}")
+        return []
     missing = [settings for path, settings in wanted.items() if not path.exists()]
     wait_for_all()  # until all have looked what is missing
     for settings in trainings_of(missing, "teachers", ranks):
         try:
             train_teacher(settings, source, args, ALONE)
         except UserError as error:
-            problems.append(f"{settings['dataset']} fold {settings['fold']} not run: {error}")
+            problems.append(f"{args.dataset} fold {settings['fold']} not run: {error}")
     wait_for_all()
-    there = [(path, settings) for path, settings in wanted.items() if path.exists()]
-    return [open_teacher(path, settings) for path, settings in there]
+    return [open_teacher(path, settings) for path, settings in wanted.items() if path.exists()]
 
 
 def interval(ours, theirs):
     """Mean and 95 % t interval of ours - theirs, {(fold, seed): score} each, paired by fold and
-    seed -> (mean, low, high), or None below two pairs. A bound (seed None) pairs with every seed.
+    seed -> (mean, low, high), NaN below two pairs. A bound (seed None) pairs with every seed.
 
     Seeds of one fold share its teacher and its test samples, so that a fold's differences are
     averaged first; with a single fold the seeds are what is left to vary. Folds share training
@@ -997,7 +963,7 @@ def interval(ours, theirs):
         (sample,) = by_fold.values()
         shared = 0
     if len(sample) < 2:
-        return None
+        return [math.nan] * 3
     error = math.sqrt((1 / len(sample) + shared) * statistics.variance(sample))
     mean = statistics.mean(sample)
     half = stats.t.ppf(0.975, len(sample) - 1) * error
@@ -1005,8 +971,8 @@ def interval(ours, theirs):
 
 
 class Point(NamedTuple):
-    """A cell in numbers: over its runs, and its difference to `reference_of` it with a 95 %
-    interval, NaN below two pairs."""
+    """A cell in numbers: over its runs, and its difference to its reference, as `interval` has it.
+    """
     mean: float
     sd: float
     runs: int
@@ -1015,47 +981,36 @@ class Point(NamedTuple):
     high: float
 
 
-def points_of(table, cells):
-    """{(row, column): Point} of a table's cells. Folds that are divided otherwise have no pairs."""
+def points_of(cells):
+    """{(row, column): Point} of a table's cells."""
     points = {}
     for key, cell in cells.items():
         values = [*cell.values.values()]
         mean = statistics.mean(values) if values else math.nan
         sd = statistics.stdev(values) if len(values) > 1 else 0.0
-        other = reference_of(table, cells, cell)
-        paired = cell.flags.folds == other.flags.folds and interval(cell.values, other.values)
-        points[key] = Point(mean, sd, len(values), *(paired or [math.nan] * 3))
+        paired = interval(cell.values, cells[cell.reference].values)
+        points[key] = Point(mean, sd, len(values), *paired)
     return points
 
 
-def reference_of(table, cells, cell):
-    """The cell that a cell's difference is to."""
-    label, series = table.reference
-    return cells[label or cell.row.label, cell.column._replace(series=series).heading]
-
-
-def format_cell(cell, point, reference):
+def format_cell(cell, point, own):
     """Ours, what it is over, and the difference to the reference, in bold if beyond the noise:
-    "76.00 ± 5.89 (2 folds x 3 seeds); +1.20 [-0.30, +2.70]"."""
-    if cell.row.flags is None:
-        return ""
-    if cell.undefined:
+    "76.00 ± 5.89 (2 folds x 3 seeds); +1.20 [-0.30, +2.70]". own: it is its own reference."""
+    if not cell.flags:
         return "n/a"
     if not cell.runs:
         return "not run"
-    form = f".{cell.column.digits}f"
+    form = ".2f" if cell.metric == "accuracy" else ".3f"
     folds, seeds = map(set, zip(*cell.runs, strict=True))
-    over = f"{len(folds)} fold{'s' * (len(folds) > 1)}"
-    if seeds != {None}:
-        over += f" x {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    over = " x ".join(f"{len(found)} {what}{'s' * (len(found) > 1)}" for what, found in
+                      {"fold": folds, "seed": seeds - {None}}.items() if found)
     sd = f" ± {point.sd:{form}}" * (point.runs > 1)
     text = f"{point.mean:{form}}{sd} ({over})"
-    if cell is reference or math.isnan(point.difference):
+    if own or math.isnan(point.difference):
         return text
     # two equal differences prove nothing
     bold = "" if point.low <= 0 <= point.high or point.low == point.high else "**"
-    gap = f"{point.difference:+{form}} [{point.low:+{form}}, {point.high:+{form}}]"
-    return f"{text}; {bold}{gap}{bold}"
+    return f"{text}; {bold}{point.difference:+{form}} [{point.low:+{form}}, {point.high:+{form}}]{bold}"
 
 
 CAPTION = """
@@ -1064,14 +1019,6 @@ over folds (over the seeds of a single split), corrected for the training data t
 (Nadeau and Bengio 2003); bold where that leaves out 0, else it may be noise. The visual-only
 network is stage 1's: what a student gains over it, the whole pipeline gives; what it gains over
 "none", its own network without a distillation term, the term. ± is the standard deviation."""
-
-
-def lines_of(cells):
-    return [line for cell in cells.values() for line in cell.runs.values()]
-
-
-def is_synthetic(cells):
-    return any(line["synthetic"] for line in lines_of(cells))
 
 
 def label_of(row, args):
@@ -1083,12 +1030,11 @@ def label_of(row, args):
     return f"{row.label} ({typed})" if typed and row.paper and row.flags is not None else row.label
 
 
-def format_table(table, cells, args):
-    """The table in Markdown: for each column the paper's number, ours and a paired difference."""
-    title, columns, rows, _ = table
-    points = points_of(table, cells)
-    lines = lines_of(cells)
-    text = [f"**{'SYNTHETIC DATA - ' * is_synthetic(cells)}{title}**", ""]
+def format_table(table, cells, points, lines, args):
+    """The table in Markdown: for each column the paper's number, ours and a paired difference.
+    lines: what results.jsonl holds of its runs."""
+    title, columns, rows, reference = table
+    text = [f"**{title}**", ""]
     for dataset in dict.fromkeys(column.dataset for column in columns):
         heads = sorted({line["fusion"] for line in lines if line["dataset"] == dataset})
         text.append(f"{TABLE_I[dataset]}, fusion {' and '.join(heads) or '-'}")
@@ -1100,9 +1046,9 @@ def format_table(table, cells, args):
         shown = [label_of(row, args)]
         for column in columns:
             key = row.label, column.heading
-            paper = f"{row.paper.get(column.heading, '-')} | " * published
-            cell = cells[key]
-            shown.append(paper + format_cell(cell, points[key], reference_of(table, cells, cell)))
+            cell = cells.get(key)
+            here = format_cell(cell, points[key], cell.reference == key) if cell else ""
+            shown.append(f"{row.paper.get(column.heading, '-')} | " * published + here)
         text.append(f"| {' | '.join(shown)} |")
 
     text.append("")
@@ -1112,7 +1058,7 @@ def format_table(table, cells, args):
     text += dict.fromkeys(
         "- fewer than {batch_size} training samples: there batch size {batch_size} is b = {b}"
         .format_map(line) for line in lines if "b" in line and line["b"] < line["batch_size"])
-    return "\n".join([*text, *format_lambdas(cells), CAPTION.format(named(table.reference))])
+    return "\n".join([*text, *format_lambdas(cells), CAPTION.format(named(reference))])
 
 
 def named(reference):
@@ -1121,11 +1067,13 @@ def named(reference):
 
 def format_lambdas(cells):
     """A line for each cell whose students are chosen among several lambdas."""
-    for (row, column), (*_, flags, runs) in cells.items():
-        student = flags.role == "student" and flags.method != "none"
-        if runs and student and len(flags.lambdas) > 1:
-            times = Counter(line["lambda"] for line in runs.values())
-            chosen = ", ".join(f"{times[weight]} times {weight:g}" for weight in sorted(times))
+    for (row, column), cell in cells.items():
+        flags = cell.flags
+        if not cell.runs or flags.role != "student" or flags.method == "none":
+            continue
+        if len(flags.lambdas) > 1:
+            times = Counter(line["lambda"] for line in cell.runs.values())
+            chosen = ", ".join(f"{n} times {weight:g}" for weight, n in sorted(times.items()))
             yield f"- lambda chosen on validation, {row}, {column}: {chosen}"
 
 
@@ -1174,8 +1122,12 @@ def print_table(args, ranks):
     cells, notes, problems = fill(table, args, ranks)
     if ranks.rank > 0:
         return
-    print(f"{' '.join(sys.argv)}\n", format_table(table, cells, args), *notes, sep="\n")
-    lines = lines_of(cells)
+    lines = [line for cell in cells.values() for line in cell.runs.values()]
+    synthetic = any(line["synthetic"] for line in lines)
+    table = table._replace(title="SYNTHETIC DATA - " * synthetic + table.title)
+    points = points_of(cells)
+    text = format_table(table, cells, points, lines, args)
+    print(f"{' '.join(sys.argv)}\n", text, *notes, sep="\n")
     students = {id(line): line for line in lines if "code" in line}.values()  # two metrics: once
     edited = sum(line["code"] != code() for line in students)
     if edited:
@@ -1188,26 +1140,15 @@ def print_table(args, ranks):
     for problem in problems:
         print(problem, file=sys.stderr)
     if args.figure:
-        draw_figure(table, cells, args)
-
-
-def draw_figure(table, cells, args):
-    """Figures 6, 7 and labels as csv, and as png: the scores, and beside them the paired
-    differences to a common reference with their band."""
-    points = points_of(table, cells)
-    synthetic = is_synthetic(cells)
-    lines = [[*key, *point, "SYNTHETIC" * synthetic] for key, point in points.items()]
-
-    def write(path):
-        with open(path, "w", newline="") as file:
-            csv.writer(file).writerows([["row", "column", *Point._fields, "data"], *lines])
-
-    draw = partial(draw_lines, table, points)
-    save_figure(table.title, synthetic, ".csv", write, draw, args)
+        header = "row", "column", *Point._fields, "data"
+        rows = [[*key, *point, "SYNTHETIC" * synthetic] for key, point in points.items()]
+        draw = partial(draw_lines, table, points)
+        save_figure(table.title, synthetic, [header, *rows], draw, args)
 
 
 def draw_lines(table, points, figure):
-    """A row of two axes for each unit: the scores, and the differences to the reference."""
+    """Figures 6, 7 and labels. A row of two axes for each unit: the scores, and the paired
+    differences to a common reference with their band."""
     _, columns, rows, reference = table
     units = dict.fromkeys(column.unit for column in columns)  # valence and arousal share one
     figure.set_size_inches(10, 4 * len(units))
@@ -1228,14 +1169,19 @@ def draw_lines(table, points, figure):
         axis.legend(fontsize="small")
 
 
-def save_figure(title, synthetic, ending, write, draw, args):
-    """The numbers of a figure, by write(path), and its png, by draw(figure), if matplotlib is
-    installed."""
+def save_figure(title, synthetic, numbers, draw, args):
+    """A figure's numbers, {name: array} as npz or lines as csv, and if matplotlib is installed its
+    png, by draw(figure)."""
     source = args.root.stem if args.dataset == "features" else args.dataset
-    parts = [f"figure{args.figure}", source, "finetune" * args.finetune, "synthetic" * synthetic]
-    path = args.out / f"{'-'.join(filter(None, parts))}{ending}"
+    parts = f"figure{args.figure}", source, "finetune" * args.finetune, "synthetic" * synthetic
+    arrays = isinstance(numbers, dict)
+    path = args.out / f"{'-'.join(filter(None, parts))}{'.npz' if arrays else '.csv'}"
     with data.replacing(path) as part:
-        write(part)
+        if arrays:
+            np.savez(part, **numbers)
+        else:
+            with open(part, "w", newline="") as file:
+                csv.writer(file).writerows(numbers)
     print(path)
     try:
         from matplotlib.figure import Figure
@@ -1243,7 +1189,7 @@ def save_figure(title, synthetic, ending, write, draw, args):
         print("matplotlib is not installed: no png")
         return
     figure = Figure(layout="constrained")
-    figure.suptitle("SYNTHETIC DATA - " * synthetic + title)
+    figure.suptitle(title)
     draw(figure)
     path = path.with_suffix(".png")
     with data.replacing(path) as part:
@@ -1263,15 +1209,14 @@ def figure_5(args, ranks):
     three ways, over up to 128 training samples, sorted by class or by valence."""
     args.dataset = args.dataset or "biovid_b"
     args.fold = [args.fold[0].replace("all", "1")]  # it shows one teacher
-    source, wanted, note = teacher_settings(args)
     problems = []
-    teachers = ensure_teachers(source, wanted, args, ranks, problems)
+    teachers = table_teachers(args, ranks, problems)
     if not teachers:
         raise UserError("; ".join(chain.from_iterable(from_all(problems, ranks))))
     if ranks.rank > 0:
         return
+    print(*notes_on(teachers, args), sep="\n")
     teacher, = teachers
-    print(*note, sep="\n", end="\n" * len(note))
     settings = teacher["settings"]
     features, fold = teacher_data(teacher, args)
 
@@ -1299,9 +1244,11 @@ def figure_5(args, ranks):
     for name, matrix in S.items():
         print(f"{name}: mean similarity {matrix.mean():.3f}, "
               f"mean |S - S_teacher| {(matrix - S['teacher']).abs().mean():.3f}")
-    title = f"Figure 5: similarity matrices, {args.dataset} fold {settings['fold']}"
+    synthetic = settings["synthetic"]
+    title = (f"{'SYNTHETIC DATA - ' * synthetic}Figure 5: similarity matrices, {args.dataset} fold "
+             f"{settings['fold']}")
     draw = partial(draw_matrices, S, train.label, class_names(settings))
-    save_figure(title, settings["synthetic"], ".npz", lambda path: np.savez(path, **S), draw, args)
+    save_figure(title, synthetic, S, draw, args)
 
 
 def draw_matrices(S, label, names, figure):
@@ -1409,6 +1356,10 @@ def given(args, dests):
             name = names.get(dest, dest).replace("_", "-")
             typed.append(" ".join([f"--{name}", *map(str, values)]))
     return " ".join(typed)
+
+
+def values_of(args, dests):
+    return {dest: vars(args)[dest] for dest in dests.split()}
 
 
 def with_flags(args, **change):
