@@ -128,8 +128,8 @@ def distil(teacher, features, fold, args, ranks, run=None):
     """Stage 3 of one fold, of a teacher (`open_teacher`) and its data (`teacher_data`) -> the
     student's results line, and the student as it was in the epoch chosen.
 
-    args: the parsed flags, of one lambda. run: the folder of a student that is kept, where each
-    epoch is logged and --resume finds how far it came.
+    args: the parsed flags, of one lambda. run: the folder of a student that is kept, where it is
+    saved, each epoch is logged and --resume finds how far it came.
     """
     begin = time.time()
     settings = teacher["settings"]
@@ -155,7 +155,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
     # the student, and what it sees
     seed_all(args.seed, 3)
     student, trained = make_student(teacher, args)
-    seen = what_the_student_sees(features, settings, args)
+    see = what_the_student_sees(features, settings, args)
     network = student if args.finetune else student.fuse
     over_ranks = spread(network, args, ranks)
     finished = (run or Path()) / f"student-{args.method}.pt"
@@ -174,7 +174,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
             drawn = labelled[torch.randint(len(labelled), (len(batches), DRAWN))]
             batches = [*map(torch.cat, zip(batches, drawn, strict=True))]
         shares = [share(batch, ranks) for batch in batches]
-        inputs = student_inputs(seen, index, shares, args)
+        inputs = see(index, shares)
 
         # one pass over all pairs; a backbone's batch norm keeps the statistics of stage 1
         trained["head"].train()
@@ -207,7 +207,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
         trained.eval()
         where = "test" if args.select == "test" else "val"
         chosen_on = getattr(fold, where)
-        output = student_answers(network, seen, chosen_on.index, args, ranks)
+        output = student_answers(network, see, chosen_on.index, args, ranks)
         found = measure(features, chosen_on, output)
         before = None if args.select == "last" else best
         best = better(before, criterion(found), epoch, trained)
@@ -233,18 +233,20 @@ def distil(teacher, features, fold, args, ranks, run=None):
     # the test fold, once; and the validation part's score, by which a table chooses lambda
     validation = best["score"]
     if args.select == "test":
-        output = student_answers(network, seen, fold.val.index, args, ranks)
+        output = student_answers(network, see, fold.val.index, args, ranks)
         validation = criterion(measure(features, fold.val, output))
-    output = student_answers(network, seen, fold.test.index, args, ranks)
+    output = student_answers(network, see, fold.test.index, args, ranks)
     found = measure(features, fold.test, output)
+    record = result_line(
+        settings, "student", found, time.time() - begin, **ran, b=b, k_used=args.k, code=code(),
+        epoch=best["epoch"] + 1, validation=validation, **choice)
     if run and ranks.rank == 0:
         index, keep, _ = fold.test
         with (data.replacing(finished.with_suffix(".csv")) as part,
               open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file):
             write_predictions(file, settings, features, index, keep, output, known=True)
-    record = result_line(
-        settings, "student", found, time.time() - begin, **ran, b=b, k_used=args.k, code=code(),
-        epoch=best["epoch"] + 1, validation=validation, **choice)
+        save(finished, student_state(student, progress_of, features, fold) | {"record": record})
+        progress.unlink(missing_ok=True)
     return record, student
 
 
@@ -265,65 +267,53 @@ def distillation_loss(s, t, args):
 
 
 def student_forward(network, x, args):
-    """A student's Fused, in float32, of what `student_inputs` yields."""
+    """A student's Fused, in float32, of what it sees."""
     with autocast(args, args.amp):
         output, z = network(*x)
     return Fused(output.float(), z.float())
 
 
-def student_answers(network, seen, index, args, ranks, part="output"):
+def student_answers(network, see, index, args, ranks, part="output"):
     """The student's output, or "z", of all windows index (S, L), on the CPU."""
     batches = dealt(torch.arange(len(index)).split(args.batch_size), ranks)
-    inputs = student_inputs(seen, index, batches, args)
+    inputs = see(index, batches)
     return answers(lambda x: getattr(student_forward(network, x, args), part), inputs, ranks)
 
 
-class Seen(NamedTuple):
-    """What a student is shown."""
-    visual: object  # rows (R, Dv) on the device, or a data set of faces
-    privileged: torch.Tensor | None  # (R, 512); of an ablation: in place of the T-Net's output
-
-
 def what_the_student_sees(features, settings, args):
-    """The visual features, or under --finetune what lies before the backbone: faces, or the rows of
-    a features file. --hallucinate oracle is no student, but what a perfect T-Net would allow."""
-    visual, privileged = features.rows["visual"], features.rows["privileged"]
+    """The function see(index, batches), which yields for each batch of the windows index (S, L)
+    rows (b, L, D) or clips (b, L, 3, F, H, W), and what stands in place of the T-Net's output or
+    None.
+
+    Seen are the visual features, or under --finetune what lies before the backbone: faces, or the
+    rows of a features file. --hallucinate oracle is no student, but what a perfect T-Net would
+    allow.
+    """
+    visual, privileged = features.rows.values()
+    instead = {"tnet": None, "zero": 0 * privileged, "oracle": privileged}[args.hallucinate]
+    faces = None
     if args.finetune:
         source = open_faces(settings, args)
-        expect_same_data(source, settings)
-        file = settings["dataset"] == "features"
-        visual = source.rows["visual"].to(args.device) if file else source
-    if args.hallucinate == "tnet":
-        return Seen(visual, None)
-    return Seen(visual, privileged * (args.hallucinate == "oracle"))  # else zeros
+        if settings["dataset"] == "features":
+            visual = source.rows["visual"].to(args.device)
+        else:
+            faces = source
 
+    def see(index, batches):
+        windows = [index[batch] for batch in batches]  # (b, L) rows each
+        shown = (visual[rows] for rows in windows)
+        if faces:
+            shown = clip_loader(faces, "visual", index, batches, args)
+        for rows, x in zip(windows, shown, strict=True):
+            yield x.to(args.device, non_blocking=True), None if instead is None else instead[rows]
 
-def expect_same_data(source, settings):
-    """Raises UserError unless a data set holds the faces and labels that a teacher was trained on,
-    wherever it lies; and of a features file that was read whole, the privileged rows."""
-    views = getattr(source, "rows", ["visual"])
-    if any(value != settings["data"][key] for key, value in content(source, views).items()):
-        raise UserError(f"{source.path}: its samples are not those that the teacher was trained "
-                        "on; train the teacher again, or give the --root it was trained on")
-
-
-def student_inputs(seen, index, batches, args):
-    """What the student sees of the windows index (S, L), batch by batch: rows (b, L, D) or clips
-    (b, L, 3, F, H, W), and what takes the place of the T-Net's output, or None."""
-    windows = [index[batch] for batch in batches]  # (b, L) rows each
-    if torch.is_tensor(seen.visual):
-        visual = (seen.visual[rows] for rows in windows)
-    else:
-        visual = clip_loader(seen.visual, "visual", index, batches, args)
-    for rows, x in zip(windows, visual, strict=True):
-        instead = None if seen.privileged is None else seen.privileged[rows]
-        yield x.to(args.device, non_blocking=True), instead
+    return see
 
 
 @torch.no_grad()
 def teacher_answers(teacher, features, index):
     """Fused (S, ...) of the frozen teacher for all windows: on frozen features it answers once."""
-    visual, privileged = features.rows["visual"], features.rows["privileged"]
+    visual, privileged = features.rows.values()
     head = make_head(teacher["settings"]).to(visual.device).eval()
     head.load_state_dict(teacher["head"])
     parts = [head(visual[rows], privileged[rows]) for rows in index.split(256)]
@@ -529,10 +519,10 @@ def evaluate(args, ranks):
     if fingerprint(samples_of(source, windows)) != state["test_labels"]:
         raise UserError(f"{source.path}: its samples bear the names of the student's test samples, "
                         "but other labels; give the --root it was trained on")
-    visual = content(source, ["visual"])["visual"] if settings["dataset"] == "features" else None
-    if visual not in (None, settings["data"]["visual"]) and ranks.rank == 0:
-        print(f"note: {source.path} holds other visual rows than the student was trained on",
-              file=sys.stderr)
+    if ranks.rank == 0 and settings["dataset"] == "features":
+        if content(source, ["visual"])["visual"] != settings["data"]["visual"]:
+            print(f"note: {source.path} holds other visual rows than the student was trained on",
+                  file=sys.stderr)
     output = student_output(state, source, windows.index, args, ranks)
     found = measure(source, windows, output)
     if ranks.rank == 0:
@@ -578,7 +568,7 @@ def write_predictions(file, settings, source, index, keep, output, known=False):
     if settings["task"] == "regression":  # each clip once
         rows, values = index[keep], output[keep]
         what, answer = "clip", ["valence", "arousal"]
-        labels = [f"label {one}" for one in answer]
+        labels = ["label valence", "label arousal"]
     else:
         rows, values = index[:, 0], output.softmax(1)
         what, answer = "sample", [f"p({name})" for name in class_names(settings)]
@@ -598,32 +588,12 @@ def write_predictions(file, settings, source, index, keep, output, known=False):
 
 # ------------------------------------------------------------------------------ tables, figures
 
-class Column(NamedTuple):
-    name: str
-    dataset: str
-    metric: str
-    flags: str = ""  # of all cells below
-    series: str = ""  # of a figure: which of its lines
-
-    @property
-    def heading(self):
-        return f"{self.series}, {self.name}" if self.series else self.name
-
-    @property
-    def unit(self):
-        return "accuracy (%)" if self.metric == "accuracy" else "CCC"
-
-
-class Row(NamedTuple):
-    label: str
-    flags: str | None  # of its student; None: others' work, not run
-    paper: dict  # the numbers as the paper prints them, by column
-
 
 class Table(NamedTuple):
     title: str
-    columns: list
-    rows: list
+    columns: dict  # {heading: flags}; its last word is the metric
+    rows: dict  # {label: flags}; "-" is others' work, and not run
+    paper: dict  # {label: {heading: the number as the paper prints it}}
     reference: tuple  # row (None: the same) and series that differences are to
 
 
@@ -633,7 +603,7 @@ class Cell(NamedTuple):
     reference: tuple  # the cell that its difference is to
     flags: Namespace | None  # the command's, with the column's and the row's; None: undefined
     teachers: list
-    runs: dict  # {(fold, seed): results line}; a bound has a run a fold, of seed None
+    runs: dict  # {(fold, seed): results line}, see `runs_of`
 
     @property
     def values(self):
@@ -647,22 +617,24 @@ TABLE_I = {
     "features": "features file: visual (prevalent) + privileged"}
 
 
-def table_of(title, columns, text, reference=("PKDOT", "")):
-    """A table of lines "label | flags | the paper's number in each column". A line without numbers
-    is not in the paper; one with "-" for flags is others' work, and not run."""
-    rows = []
-    for line in text.strip().splitlines():
-        label, flags, *numbers = map(str.strip, line.split("|"))
-        paper = dict(zip((column.heading for column in columns), numbers, strict=False))
-        rows.append(Row(label, None if flags == "-" else flags, paper))
-    return Table(title, columns, rows, reference)
+def table_of(title, columns, rows, reference=("PKDOT", "")):
+    """A table of columns "heading | flags" (of a figure: "series, heading"), and of rows "label |
+    flags | the paper's number in each column". A row without numbers is not in the paper."""
+    columns, rows = ([[*map(str.strip, line.split("|"))] for line in text.strip().splitlines()]
+                     for text in (columns, rows))
+    columns = dict(columns)
+    paper = {label: dict(zip(columns, numbers, strict=False)) for label, _, *numbers in rows}
+    return Table(title, columns, {label: flags for label, flags, *_ in rows}, paper, reference)
 
 
-BIOVID_A = Column("BioVid (A) accuracy", "biovid_a", "accuracy")
-BIOVID_B = Column("BioVid (B) accuracy", "biovid_b", "accuracy")
-VALENCE = Column("Affwild2 valence", "affwild2", "valence")
-AROUSAL = Column("Affwild2 arousal", "affwild2", "arousal")
-COLUMNS = [BIOVID_B, VALENCE, AROUSAL]  # Table II's
+def dataset_of(flags):
+    return parse(flags.split()).dataset
+
+
+COLUMNS = """
+    BioVid (B) accuracy | --dataset biovid_b
+    Affwild2 valence    | --dataset affwild2
+    Affwild2 arousal    | --dataset affwild2"""  # Table II's
 TABLES = {
     "2": table_of("Table II: privileged KD methods", COLUMNS, """
         Cosine similarity [10]    | --method cosine    | 75.40 | 0.37 | 0.53
@@ -677,7 +649,9 @@ TABLES = {
         none (lambda 0)           | --method none
         Visual only (lower bound) | --role visual
         Multimodal (upper bound)  | --role multimodal"""),
-    "3": table_of("Table III: visual-only methods, Affwild2 validation set", [VALENCE, AROUSAL], """
+    "3": table_of("Table III: visual-only methods, Affwild2 validation set", """
+        Affwild2 valence | --dataset affwild2
+        Affwild2 arousal | --dataset affwild2""", """
         ResNet-50 [44]            | -                  | 0.31 | 0.17
         SENet-50 [45]             | -                  | 0.28 | 0.34
         MobileNet [46]            | -                  | 0.28 | 0.44
@@ -687,9 +661,9 @@ TABLES = {
         none (lambda 0)           | --method none
         PKDOT                     |                    | 0.43 | 0.56
         Multimodal (upper bound)  | --role multimodal  | 0.67 | 0.59"""),
-    "4": table_of("Table IV: visual-only methods, BioVid (A)", [
-        BIOVID_A._replace(name="BL1 vs. PA4 accuracy"),
-        BIOVID_A._replace(name="5 classes accuracy", flags="--classes 5")], """
+    "4": table_of("Table IV: visual-only methods, BioVid (A)", """
+        BL1 vs. PA4 accuracy | --dataset biovid_a
+        5 classes accuracy   | --dataset biovid_a --classes 5""", """
         Sparse LSTM [19]          | -                  | 61.70 | 29.70
         ViT [18]                  | -                  | 72.11 | NR
         FAD + RF [49]             | -                  | 72.40 | 30.80
@@ -700,7 +674,8 @@ TABLES = {
         none (lambda 0)           | --method none
         PKDOT                     |                    | 74.55 | 33.65
         Multimodal (upper bound)  | --role multimodal  | 83.50 | 36.40"""),
-    "5": table_of("Table V: visual-only methods, BioVid (B)", [BIOVID_B], """
+    "5": table_of("Table V: visual-only methods, BioVid (B)", """
+        BioVid (B) accuracy | --dataset biovid_b""", """
         Handcrafted + RF [22]     | -                  | 72.70
         Visual only (lower bound) | --role visual      | 74.10
         none (lambda 0)           | --method none
@@ -732,8 +707,10 @@ TABLES = {
         Visual only (lower bound)             | --role visual
         Multimodal (upper bound)              | --role multimodal""")}
 FIGURES = {
-    "6": table_of("Figure 6: batch size and number of anchors", [
-        BIOVID_B._replace(series=f"k = {k}", flags=f"--k {k}") for k in (5, 15, 30)], """
+    "6": table_of("Figure 6: batch size and number of anchors", """
+        k = 5, BioVid (B) accuracy  | --dataset biovid_b --k 5
+        k = 15, BioVid (B) accuracy | --dataset biovid_b --k 15
+        k = 30, BioVid (B) accuracy | --dataset biovid_b --k 30""", """
         batch size 32  | --batch-size 32
         batch size 64  | --batch-size 64
         batch size 128 | --batch-size 128
@@ -744,11 +721,14 @@ FIGURES = {
         epsilon 0.1   | --epsilon 0.1
         epsilon 1     | --epsilon 1
         epsilon 10    | --epsilon 10""", ("epsilon 0.1", "")),  # the paper's
-    "labels": table_of("Figure labels: number of labelled training samples (not in the paper)", [
-        BIOVID_A._replace(series=name, flags=flags) for name, flags in {
-            "none": "--method none", "PKDOT": "", "PKDOT shared": "--shared-anchors",
-            "row by row": "--shared-anchors --anchors random --no-transport",
-            "similarity": "--method similarity --lambda 1", "KL": "--method kl"}.items()], """
+    "labels": table_of("Figure labels: number of labelled training samples (not in the paper)", """
+        none, BioVid (A) accuracy         | --dataset biovid_a --method none
+        PKDOT, BioVid (A) accuracy        | --dataset biovid_a
+        PKDOT shared, BioVid (A) accuracy | --dataset biovid_a --shared-anchors
+        row by row, BioVid (A) accuracy | --dataset biovid_a --shared-anchors --anchors random \
+                                          --no-transport
+        similarity, BioVid (A) accuracy   | --dataset biovid_a --method similarity --lambda 1
+        KL, BioVid (A) accuracy           | --dataset biovid_a --method kl""", """
         labels 35  | --labelled 35
         labels 70  | --labelled 70
         labels 210 | --labelled 210
@@ -782,15 +762,16 @@ def empty_cells(table, args):
     """{(row, column): Cell} of a table, by label and heading, none of them run. Others' work has
     no cell."""
     label, series = table.reference
-    ours = [row for row in table.rows if row.flags is not None]
     cells = {}
-    for row, column in product(ours, table.columns):
-        line = f"--dataset {column.dataset} {column.flags} {row.flags}".split()
-        flags = parse(line, with_flags(args))  # added to the command's
-        if flags.role == "student" and needs_classes(flags) and column.metric != "accuracy":
+    for (row, flags), (column, more) in product(table.rows.items(), table.columns.items()):
+        if flags == "-":
+            continue
+        flags = parse(f"{more} {flags}".split(), with_flags(args))  # added to the command's
+        metric = column.split()[-1]
+        if flags.role == "student" and needs_classes(flags) and metric != "accuracy":
             flags = None
-        reference = label or row.label, column._replace(series=series).heading
-        cells[row.label, column.heading] = Cell(column.metric, reference, flags, [], {})
+        other = f"{series}, {column.partition(', ')[2]}" if series else column
+        cells[row, column] = Cell(metric, (label or row, other), flags, [], {})
     return cells
 
 
@@ -844,7 +825,7 @@ def fill(table, args, ranks):
 
 def runs_of(cell):
     """Yields fold and seed, teacher and flags of what a cell may hold: one for each fold and seed,
-    and for each lambda to choose from. A bound has a run a fold."""
+    and for each lambda to choose from. A bound has a run a fold, of seed None."""
     flags = cell.flags
     seeds, lambdas = range(flags.seed, flags.seed + flags.seeds), flags.lambdas
     if flags.role != "student":
@@ -1010,7 +991,8 @@ def format_cell(cell, point, own):
         return text
     # two equal differences prove nothing
     bold = "" if point.low <= 0 <= point.high or point.low == point.high else "**"
-    return f"{text}; {bold}{point.difference:+{form}} [{point.low:+{form}}, {point.high:+{form}}]{bold}"
+    gap = f"{point.difference:+{form}} [{point.low:+{form}}, {point.high:+{form}}]"
+    return f"{text}; {bold}{gap}{bold}"
 
 
 CAPTION = """
@@ -1021,34 +1003,35 @@ network is stage 1's: what a student gains over it, the whole pipeline gives; wh
 "none", its own network without a distillation term, the term. ± is the standard deviation."""
 
 
-def label_of(row, args):
+def label_of(table, row, args):
     """A row's label; beside the paper's number it says which flags are not the paper's."""
+    own = table.rows[row]
     flags = "labelled folds"
-    if "--role" not in (row.flags or ""):
+    if "--role" not in own:
         flags += " lambdas k epsilon batch_size lr epochs finetune select"
     typed = given(args, flags)
-    return f"{row.label} ({typed})" if typed and row.paper and row.flags is not None else row.label
+    return f"{row} ({typed})" if typed and table.paper[row] and own != "-" else row
 
 
 def format_table(table, cells, points, lines, args):
     """The table in Markdown: for each column the paper's number, ours and a paired difference.
     lines: what results.jsonl holds of its runs."""
-    title, columns, rows, reference = table
+    title, columns, rows, paper, reference = table
     text = [f"**{title}**", ""]
-    for dataset in dict.fromkeys(column.dataset for column in columns):
+    for dataset in dict.fromkeys(map(dataset_of, columns.values())):
         heads = sorted({line["fusion"] for line in lines if line["dataset"] == dataset})
         text.append(f"{TABLE_I[dataset]}, fusion {' and '.join(heads) or '-'}")
 
-    published = any(row.paper for row in rows)
-    heads = [f"{column.heading}{': paper | here' * published}" for column in columns]
+    published = any(paper.values())
+    heads = [f"{column}{': paper | here' * published}" for column in columns]
     text += ["", f"| | {' | '.join(heads)} |", "|---" * (1 + len(columns) * (1 + published)) + "|"]
     for row in rows:
-        shown = [label_of(row, args)]
+        shown = [label_of(table, row, args)]
         for column in columns:
-            key = row.label, column.heading
+            key = row, column
             cell = cells.get(key)
             here = format_cell(cell, points[key], cell.reference == key) if cell else ""
-            shown.append(f"{row.paper.get(column.heading, '-')} | " * published + here)
+            shown.append(f"{paper[row].get(column, '-')} | " * published + here)
         text.append(f"| {' | '.join(shown)} |")
 
     text.append("")
@@ -1089,13 +1072,13 @@ def for_features(table, args):
     else:
         task = data.Features(args.root).task
     metrics = ["valence", "arousal"] if task == "regression" else ["accuracy"]
-    columns = [column._replace(name=f"{args.root.stem} {metric}", dataset="features",
-                               metric=metric)
-               for metric in metrics
-               for column in table.columns if column.name == table.columns[0].name]
-    rows = [row._replace(paper={}) for row in table.rows if row.flags is not None]
+    name = next(iter(table.columns)).rpartition(", ")[2]
+    columns = {column.replace(name, f"{args.root.stem} {metric}"): f"{flags} --dataset features"
+               for metric in metrics for column, flags in table.columns.items() if name in column}
+    rows = {row: flags for row, flags in table.rows.items() if flags != "-"}
     # the title without its data set
-    return table._replace(title=table.title.partition(",")[0], columns=columns, rows=rows)
+    return table._replace(title=table.title.partition(",")[0], columns=columns, rows=rows,
+                          paper=dict.fromkeys(rows, {}))
 
 
 def choose_table(args):
@@ -1103,13 +1086,14 @@ def choose_table(args):
     table = (TABLES | FIGURES)[args.table or args.figure]
     if args.dataset == "features":
         return for_features(table, args)
-    if args.classes == 5 and any(row.paper for row in table.rows):
+    if args.classes == 5 and any(table.paper.values()):
         raise UserError(f"--classes 5: the paper's numbers in {table.title} are of two classes, "
                         "Table IV's second column of five; leave it out, or see --table choices")
-    columns = [column for column in table.columns if args.dataset in (None, column.dataset)]
+    columns = {column: flags for column, flags in table.columns.items()
+               if args.dataset in (None, dataset_of(flags))}
     if not columns:
         raise UserError(f"--dataset {args.dataset}: {table.title} has no column of it")
-    if args.root and len({column.dataset for column in columns}) > 1:
+    if args.root and len({*map(dataset_of, columns.values())}) > 1:
         raise UserError(f"--root {args.root}: {table.title} is of several data sets; "
                         "say which one with --dataset")
     return table._replace(columns=columns)
@@ -1122,14 +1106,14 @@ def print_table(args, ranks):
     cells, notes, problems = fill(table, args, ranks)
     if ranks.rank > 0:
         return
-    lines = [line for cell in cells.values() for line in cell.runs.values()]
+    lines = {id(line): line for cell in cells.values()
+             for line in cell.runs.values()}.values()  # one of two metrics once
     synthetic = any(line["synthetic"] for line in lines)
     table = table._replace(title="SYNTHETIC DATA - " * synthetic + table.title)
     points = points_of(cells)
     text = format_table(table, cells, points, lines, args)
     print(f"{' '.join(sys.argv)}\n", text, *notes, sep="\n")
-    students = {id(line): line for line in lines if "code" in line}.values()  # two metrics: once
-    edited = sum(line["code"] != code() for line in students)
+    edited = sum(line.get("code", code()) != code() for line in lines)
     if edited:
         print(f"- {edited} students were trained by other code than today's; --fresh trains them "
               "again")
@@ -1149,23 +1133,24 @@ def print_table(args, ranks):
 def draw_lines(table, points, figure):
     """Figures 6, 7 and labels. A row of two axes for each unit: the scores, and the paired
     differences to a common reference with their band."""
-    _, columns, rows, reference = table
-    units = dict.fromkeys(column.unit for column in columns)  # valence and arousal share one
-    figure.set_size_inches(10, 4 * len(units))
-    axes = figure.subplots(len(units), 2, squeeze=False)
-    panels = dict(zip(units, axes, strict=True))
-    x = [row.label.split()[-1] for row in rows]
-    for column in columns:
-        raw, paired = panels[column.unit]
-        line = [points[row.label, column.heading] for row in rows]
+    units = {column: "accuracy (%)" if column.endswith("accuracy") else "CCC"
+             for column in table.columns}
+    panels = [*dict.fromkeys(units.values())]  # valence and arousal share one
+    figure.set_size_inches(10, 4 * len(panels))
+    axes = figure.subplots(len(panels), 2, squeeze=False)
+    what, _, _ = next(iter(table.rows)).rpartition(" ")
+    x = [row.split()[-1] for row in table.rows]
+    for column, unit in units.items():
+        line = [points[row, column] for row in table.rows]
         mean, sd, _, difference, low, high = zip(*line, strict=True)
-        raw.errorbar(x, mean, sd, marker="o", capsize=3, label=column.heading)
-        raw.set_ylabel(f"{column.unit}, mean ± sd")
-        paired.plot(x, difference, marker="o", label=column.heading)
+        raw, paired = axes[panels.index(unit)]
+        raw.errorbar(x, mean, sd, marker="o", capsize=3, label=column)
+        raw.set(xlabel=what, ylabel=f"{unit}, mean ± sd")
+        paired.plot(x, difference, marker="o", label=column)
         paired.fill_between(x, low, high, alpha=0.15)
-        paired.set_ylabel(f"difference to {named(reference)}, 95 % band")
+        gap = f"difference to {named(table.reference)}, 95 % band"
+        paired.set(xlabel=what, ylabel=gap)
     for axis in axes.flat:
-        axis.set_xlabel(rows[0].label.rpartition(" ")[0])
         axis.legend(fontsize="small")
 
 
@@ -1198,7 +1183,7 @@ def save_figure(title, synthetic, numbers, draw, args):
 
 
 FIGURE_5 = {  # the student's panels, and what trains it
-    "before training": "",
+    "before training": "--lr 0 --epochs 1",
     "own anchors": "--method pkdot",
     "shared anchors": "--shared-anchors",
     "row by row": "--shared-anchors --anchors random --no-transport"}
@@ -1215,7 +1200,8 @@ def figure_5(args, ranks):
         raise UserError("; ".join(chain.from_iterable(from_all(problems, ranks))))
     if ranks.rank > 0:
         return
-    print(*notes_on(teachers, args), sep="\n")
+    for note in notes_on(teachers, args):
+        print(note)
     teacher, = teachers
     settings = teacher["settings"]
     features, fold = teacher_data(teacher, args)
@@ -1229,16 +1215,12 @@ def figure_5(args, ranks):
     S = {"teacher": cosine_similarity_matrix(z_t).cpu()}
 
     # the last epoch, whichever is the best: the figure is about training
-    seen = what_the_student_sees(features, settings, args)
+    see = what_the_student_sees(features, settings, args)
     for name, flags in FIGURE_5.items():
         one = parse(flags.split(), with_flags(args, select="last"))
-        if flags:
-            _, student = distil(teacher, features, fold, one, ALONE)
-        else:
-            seed_all(args.seed, 3)
-            student, _ = make_student(teacher, args)
+        _, student = distil(teacher, features, fold, one, ALONE)
         network = student.eval() if args.finetune else student.fuse
-        z_s = student_answers(network, seen, train.index, args, ALONE, "z")
+        z_s = student_answers(network, see, train.index, args, ALONE, "z")
         S[name] = cosine_similarity_matrix(z_s)
 
     for name, matrix in S.items():
@@ -1345,17 +1327,42 @@ def parse(argv=None, namespace=None):
 
 def given(args, dests):
     """Those of the flags that are not at their defaults, as they are typed."""
-    default = vars(parse([]))
     names = dict(lambdas="lambda", debias="no-debias", shared="shared-anchors",
                  transport="no-transport")
     typed = []
-    for dest in dests.split():
+    for dest, default in vars(parse([])).items():
         value = vars(args)[dest]
-        if value != default[dest]:
-            values = value if isinstance(value, list) else [value] * (not isinstance(value, bool))
+        if dest in dests.split() and value != default:
+            values = [] if isinstance(value, bool) else np.ravel(value)
             name = names.get(dest, dest).replace("_", "-")
             typed.append(" ".join([f"--{name}", *map(str, values)]))
     return " ".join(typed)
+
+
+def misplaced(args):
+    """Yields flags that mean nothing to this command, and what to do."""
+    if len(args.lambdas) > 1 and not (args.table or args.figure in FIGURES):
+        yield "lambdas", "several values are for --table, and --figure but 5; give one"
+    if not args.finetune:
+        yield "chunk", "for --finetune: without it no clip passes the backbone; leave it out"
+
+    if args.table or args.figure:
+        own = "method role hallucinate teacher kl"
+        if args.figure == "labels":
+            own += " labelled"
+        elif args.figure == "5":
+            own += " anchors shared transport print"
+        elif args.table and args.table != "choices":
+            own += " anchors shared transport debias"
+        yield own, ("the rows of --table and --figure say what they are; leave it out, or see "
+                    "--table choices")
+    elif not (args.evaluate or args.predict):
+        own = METHODS[args.method].flags.split()
+        yield (" ".join(flag for flag in METHODS["pkdot"].flags.split() if flag not in own),
+               f"--method {args.method} does not read it; leave it out")
+        yield "labelled folds classes", "a teacher's; give it to train_teacher.py"
+        yield "seeds fresh print hallucinate role", "for --table and --figure; leave it out"
+        yield "student", "for --predict; leave it out"
 
 
 def values_of(args, dests):
@@ -1375,53 +1382,30 @@ def main():
     if "k" in METHODS[args.method].flags.split() and args.k > args.batch_size:
         raise UserError(f"--k {args.k}: the similarity matrix has only --batch-size "
                         f"{args.batch_size} rows; lower --k or raise --batch-size")
-    if len(args.lambdas) > 1 and not (args.table or args.figure in FIGURES):
-        raise UserError("several values of --lambda are for --table, and --figure but 5; give one")
-    if args.chunk and not args.finetune:
-        raise UserError("--chunk is for --finetune; without it no clip passes the backbone")
+    for flags, why in misplaced(args):
+        if typed := given(args, flags):
+            raise UserError(f"{typed}: {why}")
+    table = args.table or args.figure
+    if table:
+        args.fold = args.fold or ["all"]
+        args.resume = True  # what is trained already stays
     failed = False
     if args.evaluate:
         evaluate(args, ranks)
     elif args.predict:
         failed = predict_faces(args, ranks)
-    elif args.table or args.figure:
-        tabulate(args, ranks)
+    elif args.figure == "5":
+        figure_5(args, ranks)
+    elif table:
+        print_table(args, ranks)
     else:
         distil_folds(args, ranks)
     leave_ranks()
     sys.exit(failed)
 
 
-def tabulate(args, ranks):
-    own = "method role hallucinate teacher kl"  # what the rows and columns are about
-    if args.figure == "labels":
-        own += " labelled"
-    elif args.figure == "5":
-        own += " anchors shared transport print"
-    elif args.table and args.table != "choices":
-        own += " anchors shared transport debias"
-    if typed := given(args, own):
-        raise UserError(f"{typed}: the rows of --table and --figure say what they are; leave it "
-                        "out, or see --table choices")
-    args.fold = args.fold or ["all"]
-    args.resume = True  # what is trained already stays
-    if args.figure == "5":
-        figure_5(args, ranks)
-    else:
-        print_table(args, ranks)
-
-
 def distil_folds(args, ranks):
     """The students that a command without --table asks for; of several folds each rank has some."""
-    own = METHODS[args.method].flags.split()
-    pkdots = " ".join(flag for flag in METHODS["pkdot"].flags.split() if flag not in own)
-    for flags, why in {
-            pkdots: f"--method {args.method} does not read it",
-            "labelled folds classes": "a teacher's; give it to train_teacher.py",
-            "seeds fresh print hallucinate role": "for --table and --figure",
-            "student": "for --predict"}.items():
-        if others := given(args, flags):
-            raise UserError(f"{others}: {why}; leave it out")
     paths = chosen_teachers(args)
     together = args.finetune and len(paths) == 1  # one that all ranks train
     teachers = [open_teacher(path) for path in paths]  # all, before the first student
@@ -1436,9 +1420,20 @@ def distil_folds(args, ranks):
     print_mean(found, settings, ranks)
 
 
+def expect_same_data(root, settings, args):
+    """Raises UserError unless the data set holds the faces and labels that a teacher was trained
+    on, wherever it lies; of a features file that is read whole, the privileged rows, too."""
+    whole = settings["dataset"] == "features" and not args.finetune
+    source = data.Features(root) if whole else open_faces(settings, args)
+    views = getattr(source, "rows", ["visual"])
+    if not content(source, views).items() <= settings["data"].items():
+        raise UserError(f"{root}: its samples are not those that the teacher was trained on; train "
+                        "the teacher again, or give the --root it was trained on")
+
+
 def keep_student(teacher, args, ranks):
-    """Trains a student and saves it, unless --resume finds it finished; prints its scores between
-    its teacher's, and returns them, or None in the ranks that only helped."""
+    """Trains a student, unless --resume finds it finished; prints its scores between its teacher's,
+    and returns them, or None in the ranks that only helped."""
     settings = teacher["settings"]
     found = teacher["metrics"]
     run = run_folder(settings, args.out)  # also of a teacher that lies elsewhere
@@ -1446,14 +1441,11 @@ def keep_student(teacher, args, ranks):
     if needs_classes(args) and settings["task"] == "regression":
         raise UserError("--method kl and --kl compare class probabilities, and valence/arousal has "
                         "none; choose another method, similarity for one")
-    if not args.finetune:  # which reads the faces anyway
-        root = args.root or Path(settings["root"])
-        there = root.is_file() or root.is_dir() and any(root.iterdir())
-        if args.root or there:
-            file = settings["dataset"] == "features"
-            expect_same_data(data.Features(root) if file else open_faces(settings, args), settings)
-        elif ranks.rank == 0:
-            print(f"{root} is not there: the features that were extracted suffice")
+    root = args.root or Path(settings["root"])
+    if args.root or root.is_file() or any(root.glob("*")):
+        expect_same_data(root, settings, args)
+    elif ranks.rank == 0 and not args.finetune:
+        print(f"{root} is not there: the features that were extracted suffice")
     if ranks.rank == 0:
         print(f"{teacher['path']}, test: visual only {show(found['visual'])}, "
               f"teacher {show(found['multimodal'])}")
@@ -1466,12 +1458,8 @@ def keep_student(teacher, args, ranks):
             if ranks.rank == 0:
                 print(f"{finished} is finished")
         else:
-            features, fold = teacher_data(teacher, args)
-            record, student = distil(teacher, features, fold, args, ranks, run)
+            record, _ = distil(teacher, *teacher_data(teacher, args), args, ranks, run)
             if ranks.rank == 0:
-                state = student_state(student, whole, features, fold)
-                save(finished, state | {"record": record})
-                finished.with_suffix(".progress").unlink(missing_ok=True)
                 append_line(args.out / "results.jsonl", record)
     if ranks.rank > 0:
         return
