@@ -124,9 +124,9 @@ METHODS = {
     "none": Method(lambda student, teacher: student.new_zeros(()))}
 
 
-def distil(teacher, features, fold, args, ranks, run=None):
-    """Stage 3 of one fold, of a teacher (`open_teacher`) and its data (`teacher_data`) -> the
-    student's results line, and the student as it was in the epoch chosen.
+def distil(teacher, args, ranks=ALONE, run=None):
+    """Stage 3 of one fold, of a teacher (`open_teacher`) -> the student's results line, and the
+    student as it was in the epoch chosen.
 
     args: the parsed flags, of one lambda. run: the folder of a student that is kept, where it is
     saved, each epoch is logged and --resume finds how far it came.
@@ -134,6 +134,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
     begin = time.time()
     settings = teacher["settings"]
     choice = choices(args, teacher)
+    features, fold = teacher_data(teacher, args)
 
     # the frozen teacher's answers to all pairs, once
     index = fold.train.index  # (S, L)
@@ -807,7 +808,7 @@ def fill(table, args, ranks):
     wait_for_all()
     for teacher, flags in bar(trainings_of([*missing.values()], "students", ranks), "students"):
         try:
-            record, _ = distil(teacher, *teacher_data(teacher, flags), flags, ALONE)
+            record, _ = distil(teacher, flags)
             append_line(results, record)
         except UserError as error:  # one that diverges leaves its cell without this run
             problems.append(f"{flags.method} of {teacher['path']} not run: {error}")
@@ -1218,7 +1219,7 @@ def figure_5(args, ranks):
     see = what_the_student_sees(features, settings, args)
     for name, flags in FIGURE_5.items():
         one = parse(flags.split(), with_flags(args, select="last"))
-        _, student = distil(teacher, features, fold, one, ALONE)
+        _, student = distil(teacher, one)
         network = student.eval() if args.finetune else student.fuse
         z_s = student_answers(network, see, train.index, args, ALONE, "z")
         S[name] = cosine_similarity_matrix(z_s)
@@ -1458,7 +1459,7 @@ def keep_student(teacher, args, ranks):
             if ranks.rank == 0:
                 print(f"{finished} is finished")
         else:
-            record, _ = distil(teacher, *teacher_data(teacher, args), args, ranks, run)
+            record, _ = distil(teacher, args, ranks, run)
             if ranks.rank == 0:
                 append_line(args.out / "results.jsonl", record)
     if ranks.rank > 0:
