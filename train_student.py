@@ -1315,9 +1315,6 @@ def parse(argv=None, namespace=None):
 
     add = parser.add_argument_group("tables and figures").add_argument
     add("--seeds", type=count, default=1, help="students a fold; default 1")
-    add("--labelled", type=count, help="training samples that keep their label; default all")
-    add("--folds", choices=("subjects", "clips"), help="what folds divide; default subjects")
-    add("--classes", type=int, choices=(2, 5), help="BioVid; default 2")
     add("--fresh", action="store_true", help="train the students again; default: what is missing")
     add("--print", action="store_true",
         help="of what results.jsonl holds; no data is read, nothing trained")
@@ -1330,10 +1327,10 @@ def given(args, dests):
     """Those of the flags that are not at their defaults, as they are typed."""
     names = dict(lambdas="lambda", debias="no-debias", shared="shared-anchors",
                  transport="no-transport")
+    default = vars(parse([]))
     typed = []
-    for dest, default in vars(parse([])).items():
-        value = vars(args)[dest]
-        if dest in dests.split() and value != default:
+    for dest, value in values_of(args, dests).items():
+        if value != default[dest]:
             values = [] if isinstance(value, bool) else np.ravel(value)
             name = names.get(dest, dest).replace("_", "-")
             typed.append(" ".join([f"--{name}", *map(str, values)]))
