@@ -131,10 +131,10 @@ def distil(teacher, args, ranks=ALONE, run=None):
     args: the parsed flags, of one lambda. run: the folder of a student that is kept, where it is
     saved, each epoch is logged and --resume finds how far it came.
     """
+    features, fold = teacher_data(teacher, args)
     begin = time.time()
     settings = teacher["settings"]
     choice = choices(args, teacher)
-    features, fold = teacher_data(teacher, args)
 
     # the frozen teacher's answers to all pairs, once
     index = fold.train.index  # (S, L)
@@ -291,7 +291,9 @@ def what_the_student_sees(features, settings, args):
     allow.
     """
     visual, privileged = features.rows.values()
-    instead = {"tnet": None, "zero": 0 * privileged, "oracle": privileged}[args.hallucinate]
+    instead = None
+    if args.hallucinate != "tnet":
+        instead = privileged * (args.hallucinate == "oracle")  # else zeros
     faces = None
     if args.finetune:
         source = open_faces(settings, args)
@@ -588,7 +590,6 @@ def write_predictions(file, settings, source, index, keep, output, known=False):
 
 
 # ------------------------------------------------------------------------------ tables, figures
-
 
 class Table(NamedTuple):
     title: str
@@ -1134,23 +1135,23 @@ def print_table(args, ranks):
 def draw_lines(table, points, figure):
     """Figures 6, 7 and labels. A row of two axes for each unit: the scores, and the paired
     differences to a common reference with their band."""
-    units = {column: "accuracy (%)" if column.endswith("accuracy") else "CCC"
-             for column in table.columns}
-    panels = [*dict.fromkeys(units.values())]  # valence and arousal share one
+    panels = {}  # valence and arousal share one
+    for column in table.columns:
+        unit = "accuracy (%)" if column.endswith("accuracy") else "CCC"
+        panels.setdefault(unit, []).append(column)
     figure.set_size_inches(10, 4 * len(panels))
     axes = figure.subplots(len(panels), 2, squeeze=False)
     what, _, _ = next(iter(table.rows)).rpartition(" ")
     x = [row.split()[-1] for row in table.rows]
-    for column, unit in units.items():
-        line = [points[row, column] for row in table.rows]
-        mean, sd, _, difference, low, high = zip(*line, strict=True)
-        raw, paired = axes[panels.index(unit)]
-        raw.errorbar(x, mean, sd, marker="o", capsize=3, label=column)
+    for (raw, paired), (unit, columns) in zip(axes, panels.items(), strict=True):
+        for column in columns:
+            line = [points[row, column] for row in table.rows]
+            mean, sd, _, difference, low, high = zip(*line, strict=True)
+            raw.errorbar(x, mean, sd, marker="o", capsize=3, label=column)
+            paired.plot(x, difference, marker="o", label=column)
+            paired.fill_between(x, low, high, alpha=0.15)
         raw.set(xlabel=what, ylabel=f"{unit}, mean ± sd")
-        paired.plot(x, difference, marker="o", label=column)
-        paired.fill_between(x, low, high, alpha=0.15)
-        gap = f"difference to {named(table.reference)}, 95 % band"
-        paired.set(xlabel=what, ylabel=gap)
+        paired.set(xlabel=what, ylabel=f"difference to {named(table.reference)}, 95 % band")
     for axis in axes.flat:
         axis.legend(fontsize="small")
 
@@ -1345,7 +1346,7 @@ def misplaced(args):
         yield "chunk", "for --finetune: without it no clip passes the backbone; leave it out"
 
     if args.table or args.figure:
-        own = "method role hallucinate teacher kl"
+        own = "method role hallucinate teacher kl"  # what the rows and columns are about
         if args.figure == "labels":
             own += " labelled"
         elif args.figure == "5":
@@ -1442,7 +1443,7 @@ def keep_student(teacher, args, ranks):
     root = args.root or Path(settings["root"])
     if args.root or root.is_file() or any(root.glob("*")):
         expect_same_data(root, settings, args)
-    elif ranks.rank == 0 and not args.finetune:
+    elif ranks.rank == 0 and not args.finetune:  # which asks for the faces itself
         print(f"{root} is not there: the features that were extracted suffice")
     if ranks.rank == 0:
         print(f"{teacher['path']}, test: visual only {show(found['visual'])}, "
