@@ -557,7 +557,7 @@ def predict_faces(args, ranks):
     index, keep = data.windows(source.video, source.length)
     output = student_output(state, source, index, args, ranks)
     if ranks.rank > 0:
-        return 0
+        return False
     write_predictions(sys.stdout, settings, source, index, keep, output)
     for fault in source.faults:
         print(fault, file=sys.stderr)
@@ -1388,17 +1388,17 @@ def main():
     if table:
         args.fold = args.fold or ["all"]
         args.resume = True  # what is trained already stays
-    failed = False
     if args.evaluate:
-        evaluate(args, ranks)
+        job = evaluate
     elif args.predict:
-        failed = predict_faces(args, ranks)
+        job = predict_faces
     elif args.figure == "5":
-        figure_5(args, ranks)
+        job = figure_5
     elif table:
-        print_table(args, ranks)
+        job = print_table
     else:
-        distil_folds(args, ranks)
+        job = distil_folds
+    failed = job(args, ranks)
     leave_ranks()
     sys.exit(failed)
 
