@@ -104,30 +104,30 @@ DRAWN = 32  # of few labels: labelled samples in each step, beside b pairs witho
 
 
 class Method(NamedTuple):
-    loss: Callable  # of the student's Fused of a batch, the teacher's, and the flags
+    loss: Callable  # of the student's part of a batch, the teacher's, and these flags by name
     flags: str = ""  # those that it reads, besides lambda
+    part: str = "z"  # of their Fused; or "output"
 
 
 # What lambda weighs in Eq. 9. To add a baseline: write its loss in pkdot.py, and a line here.
 METHODS = {
-    "pkdot": Method(lambda s, t, args: pkdot_loss(  # Eq. 1-6
-        s.z, t.z, args.k, args.epsilon, args.debias, args.anchors, args.shared, args.transport),
-        "k epsilon debias anchors shared transport"),
-    "cosine": Method(lambda s, t, args: cosine_loss(s.z, t.z)),
-    "mse": Method(lambda s, t, args: mse_loss(s.z, t.z)),
-    "kl": Method(lambda s, t, args: kl_loss(s.output, t.output)),
-    "rkd": Method(lambda s, t, args: rkd_loss(s.z, t.z)),
-    "similarity": Method(lambda s, t, args: similarity_loss(s.z, t.z, args.k), "k"),
-    "none": Method(lambda s, t, args: s.z.new_zeros(()))}
+    "pkdot": Method(pkdot_loss, "k epsilon debias anchors shared transport"),  # Eq. 1-6
+    "cosine": Method(cosine_loss),
+    "mse": Method(mse_loss),
+    "kl": Method(kl_loss, part="output"),
+    "rkd": Method(rkd_loss),
+    "similarity": Method(similarity_loss, "k"),
+    "none": Method(lambda student, teacher: student.new_zeros(()))}
 
 
-def distil(teacher, features, fold, args, ranks, run=None):
-    """Stage 3 of one fold, of a teacher (`open_teacher`) and its data (`teacher_data`) -> the
-    student's results line, and the student as it was in the epoch chosen.
+def distil(teacher, args, ranks=ALONE, run=None):
+    """Stage 3 of one fold, of a teacher (`open_teacher`) -> the student's results line, and the
+    student as it was in the epoch chosen.
 
-    args: the parsed flags, of one lambda. run: the folder of a student that is kept, where each
-    epoch is logged and --resume finds how far it came.
+    args: the parsed flags, of one lambda. run: the folder of a student that is kept, where it is
+    saved, each epoch is logged and --resume finds how far it came.
     """
+    features, fold = teacher_data(teacher, args)
     begin = time.time()
     settings = teacher["settings"]
     choice = choices(args, teacher)
@@ -153,7 +153,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
     # the student, and what it sees
     seed_all(args.seed, 3)
     student, trained = make_student(teacher, args)
-    seen = what_the_student_sees(features, settings, args)
+    see = what_the_student_sees(features, settings, args)
     network = student if args.finetune else student.fuse
     over_ranks = spread(network, args, ranks)
     finished = (run or Path()) / f"student-{args.method}.pt"
@@ -173,7 +173,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
             drawn = labelled[torch.randint(len(labelled), (len(batches), DRAWN))]
             batches = [*map(torch.cat, zip(batches, drawn, strict=True))]
         shares = [share(batch, ranks) for batch in batches]
-        inputs = student_inputs(seen, index, shares, args)
+        inputs = see(index, shares)
 
         # one pass over all pairs; a backbone's batch norm keeps the statistics of stage 1
         trained["head"].train()
@@ -206,7 +206,7 @@ def distil(teacher, features, fold, args, ranks, run=None):
         trained.eval()
         where = "test" if args.select == "test" else "val"
         chosen_on = getattr(fold, where)
-        output = student_answers(network, seen, chosen_on.index, args, ranks)
+        output = student_answers(network, see, chosen_on.index, args, ranks)
         found = measure(features, chosen_on, output)
         if args.select == "last":
             best.clear()
@@ -227,18 +227,20 @@ def distil(teacher, features, fold, args, ranks, run=None):
     # the test fold, once; and the validation part's score, by which a table chooses lambda
     validation = best["score"]
     if args.select == "test":
-        output = student_answers(network, seen, fold.val.index, args, ranks)
+        output = student_answers(network, see, fold.val.index, args, ranks)
         validation = criterion(measure(features, fold.val, output))
-    output = student_answers(network, seen, fold.test.index, args, ranks)
+    output = student_answers(network, see, fold.test.index, args, ranks)
     found = measure(features, fold.test, output)
+    record = result_line(
+        settings, "student", found, time.time() - begin, **ran, b=b, k_used=args.k, code=code(),
+        epoch=best["epoch"] + 1, validation=validation, **choice)
     if writes:
         index, keep, _ = fold.test
         with (data.replacing(finished.with_suffix(".csv")) as part,
               open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file):
             write_predictions(file, settings, features, index, keep, output, known=True)
-    record = result_line(
-        settings, "student", found, time.time() - begin, **ran, b=b, k_used=args.k, code=code(),
-        epoch=best["epoch"] + 1, validation=validation, **choice)
+        save(finished, checkpoint | {"model": snapshot(student), "record": record})
+        progress.unlink(missing_ok=True)
     return record, student
 
 
@@ -249,8 +251,9 @@ def needs_classes(args):
 
 def distillation_loss(s, t, args):
     """W in Eq. 9; NaN for a student that has diverged, which `step_means` reports."""
+    loss, flags, part = METHODS[args.method]
     try:
-        return METHODS[args.method].loss(s, t, args)
+        return loss(getattr(s, part), getattr(t, part), **values_of(args, flags))
     except ValueError:
         if s.z.isfinite().all():
             raise
@@ -258,66 +261,55 @@ def distillation_loss(s, t, args):
 
 
 def student_forward(network, x, args):
-    """A student's Fused, in float32, of what `student_inputs` yields."""
+    """A student's Fused, in float32, of what it sees."""
     with autocast(args, args.amp):
         output, z = network(*x)
     return Fused(output.float(), z.float())
 
 
-def student_answers(network, seen, index, args, ranks, part="output"):
+def student_answers(network, see, index, args, ranks, part="output"):
     """The student's output, or "z", of all windows index (S, L), on the CPU."""
     batches = share(torch.arange(len(index)), ranks).split(args.batch_size)
-    inputs = student_inputs(seen, index, batches, args)
-    return answers(lambda x: getattr(student_forward(network, x, args), part), inputs, len(index),
-                   ranks)
-
-
-class Seen(NamedTuple):
-    """What a student is shown."""
-    visual: object  # rows (R, Dv) on the device, or a data set of faces
-    privileged: torch.Tensor | None  # (R, 512); of an ablation: in place of the T-Net's output
+    return answers(lambda x: getattr(student_forward(network, x, args), part),
+                   see(index, batches), len(index), ranks)
 
 
 def what_the_student_sees(features, settings, args):
-    """The visual features, or under --finetune what lies before the backbone: faces, or the rows of
-    a features file. --hallucinate oracle is no student, but what a perfect T-Net would allow."""
-    visual, privileged = features.rows["visual"], features.rows["privileged"]
+    """The function see(index, batches), which yields for each batch of the windows index (S, L)
+    rows (b, L, D) or clips (b, L, 3, F, H, W), and what stands in place of the T-Net's output or
+    None.
+
+    Seen are the visual features, or under --finetune what lies before the backbone: faces, or the
+    rows of a features file. --hallucinate oracle is no student, but what a perfect T-Net would
+    allow.
+    """
+    visual, privileged = features.rows.values()
+    instead = None
+    if args.hallucinate != "tnet":
+        instead = privileged * (args.hallucinate == "oracle")  # else zeros
+    faces = None
     if args.finetune:
         source = open_faces(settings, args)
-        expect_same_data(source, settings)
-        file = settings["dataset"] == "features"
-        visual = source.rows["visual"].to(args.device) if file else source
-    if args.hallucinate == "tnet":
-        return Seen(visual, None)
-    return Seen(visual, privileged * (args.hallucinate == "oracle"))  # else zeros
+        if settings["dataset"] == "features":
+            visual = source.rows["visual"].to(args.device)
+        else:
+            faces = source
 
+    def see(index, batches):
+        windows = [index[batch] for batch in batches]  # (b, L) rows each
+        shown = (visual[rows] for rows in windows)
+        if faces:
+            shown = read_clips(faces, "visual", index, batches, args)
+        for rows, x in zip(windows, shown, strict=True):
+            yield x, None if instead is None else instead[rows]
 
-def expect_same_data(source, settings):
-    """Raises UserError unless a data set holds the faces and labels that a teacher was trained on,
-    wherever it lies; and of a features file that was read whole, the privileged rows."""
-    views = getattr(source, "rows", ["visual"])
-    if any(value != settings["data"][key] for key, value in content(source, views).items()):
-        raise UserError(f"{source.path}: its samples are not those that the teacher was trained "
-                        "on; train the teacher again, or give the --root it was trained on")
-
-
-def student_inputs(seen, index, batches, args):
-    """What the student sees of the windows index (S, L), batch by batch: rows (b, L, D) or clips
-    (b, L, 3, F, H, W), and what takes the place of the T-Net's output, or None."""
-    windows = [index[batch] for batch in batches]  # (b, L) rows each
-    if torch.is_tensor(seen.visual):
-        visual = (seen.visual[rows] for rows in windows)
-    else:
-        visual = read_clips(seen.visual, "visual", index, batches, args)
-    for rows, x in zip(windows, visual, strict=True):
-        instead = None if seen.privileged is None else seen.privileged[rows]
-        yield x, instead
+    return see
 
 
 @torch.no_grad()
 def teacher_answers(teacher, features, index):
     """Fused (S, ...) of the frozen teacher for all windows: on frozen features it answers once."""
-    visual, privileged = features.rows["visual"], features.rows["privileged"]
+    visual, privileged = features.rows.values()
     head = make_head(teacher["settings"]).to(visual.device).eval()
     head.load_state_dict(teacher["head"])
     parts = [head(visual[rows], privileged[rows]) for rows in index.split(256)]
@@ -411,24 +403,24 @@ def choices(args, teacher):
     """What a student was made of, that a results line must agree in to stand for it: its teacher,
     and the flags that its method reads."""
     common = "method hallucinate batch_size lr finetune select seed amp kl "
-    flags = common + METHODS[args.method].flags
-    choice = {flag: vars(args)[flag] for flag in flags.split()}
+    choice = values_of(args, common + METHODS[args.method].flags)
     settings = teacher["settings"]
     choice["epochs"] = args.epochs or (STAND_IN_EPOCHS if settings["synthetic"] else EPOCHS)
     choice["lambda"] = 0.0 if args.method == "none" else args.lambdas[0]
     return choice | {"teacher": teacher["made of"]}
 
 
+class WithoutDocstrings(ast.NodeTransformer):
+    def visit_Expr(self, node):
+        return None if isinstance(node.value, ast.Constant) else node
+
+
 @cache  # and called first of all: what is edited meanwhile is not what runs
 def code():
     """12 hex digits of all code that makes results, without comments and docstrings."""
-    trees = [ast.parse(Path(__file__).with_name(f"{name}.py").read_bytes()) for name in
-             "sinkhorn pkdot models data train_teacher train_student".split()]
-    for node in chain.from_iterable(map(ast.walk, trees)):
-        if isinstance(getattr(node, "body", None), list):
-            node.body = [line for line in node.body if not (
-                isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]
-    return fingerprint([ast.dump(tree) for tree in trees])
+    modules = "sinkhorn pkdot models data train_teacher train_student".split()
+    trees = [ast.parse(Path(__file__).with_name(f"{name}.py").read_bytes()) for name in modules]
+    return fingerprint([ast.dump(WithoutDocstrings().visit(tree)) for tree in trees])
 
 
 def teachers_under(out, name):
@@ -525,10 +517,10 @@ def evaluate(args, ranks):
     if fingerprint(samples_of(source, windows)) != state["test_labels"]:
         raise UserError(f"{source.path}: its samples bear the names of the student's test samples, "
                         "but other labels; give the --root it was trained on")
-    visual = content(source, ["visual"])["visual"] if settings["dataset"] == "features" else None
-    if visual not in (None, settings["data"]["visual"]) and ranks.rank == 0:
-        print(f"note: {source.path} holds other visual rows than the student was trained on",
-              file=sys.stderr)
+    if ranks.rank == 0 and settings["dataset"] == "features":
+        if content(source, ["visual"])["visual"] != settings["data"]["visual"]:
+            print(f"note: {source.path} holds other visual rows than the student was trained on",
+                  file=sys.stderr)
     output = student_output(state, source, windows.index, args, ranks)
     found = measure(source, windows, output)
     if ranks.rank == 0:
@@ -560,7 +552,7 @@ def predict_faces(args, ranks):
     index, keep = data.windows(source.video, source.length)
     output = student_output(state, source, index, args, ranks)
     if ranks.rank > 0:
-        return 0
+        return False
     write_predictions(sys.stdout, settings, source, index, keep, output)
     for fault in source.faults:
         print(fault, file=sys.stderr)
@@ -574,7 +566,7 @@ def write_predictions(file, settings, source, index, keep, output, known=False):
     if settings["task"] == "regression":  # each clip once
         rows, values = index[keep], output[keep]
         what, answer = "clip", ["valence", "arousal"]
-        labels = [f"label {one}" for one in answer]
+        labels = ["label valence", "label arousal"]
     else:
         rows, values = index[:, 0], output.softmax(1)
         what, answer = "sample", [f"p({name})" for name in class_names(settings)]
@@ -594,64 +586,25 @@ def write_predictions(file, settings, source, index, keep, output, known=False):
 
 # ------------------------------------------------------------------------------ tables, figures
 
-class Column(NamedTuple):
-    name: str
-    dataset: str
-    metric: str
-    flags: str = ""  # of all cells below
-    series: str = ""  # of a figure: which of its lines
-
-    @property
-    def heading(self):
-        return f"{self.series}, {self.name}" if self.series else self.name
-
-    @property
-    def digits(self):
-        return 2 if self.metric == "accuracy" else 3
-
-    @property
-    def unit(self):
-        return "accuracy (%)" if self.metric == "accuracy" else "CCC"
-
-
-class Row(NamedTuple):
-    label: str
-    flags: str | None  # of its student; None: others' work, not run
-    paper: dict  # the numbers as the paper prints them, by column
-
-
 class Table(NamedTuple):
     title: str
-    columns: list
-    rows: list
+    columns: dict  # {heading: flags}; its last word is the metric
+    rows: dict  # {label: flags}; "-" is others' work, and not run
+    paper: dict  # {label: {heading: the number as the paper prints it}}
     reference: tuple  # row (None: the same) and series that differences are to
 
 
 class Cell(NamedTuple):
     """A row of a table in one of its columns."""
-    row: Row
-    column: Column
-    flags: Namespace  # the command's, with the column's and the row's
-    runs: dict  # {(fold, seed): results line}; a bound has a run a fold, of seed None
-
-    @property
-    def undefined(self):
-        student = self.flags.role == "student"
-        return student and needs_classes(self.flags) and self.column.metric != "accuracy"
-
-    @property
-    def never_run(self):
-        return self.row.flags is None or self.undefined
-
-    @property
-    def which(self):
-        """What cells agree in that share their teachers."""
-        flags = self.flags
-        return flags.dataset, flags.classes, flags.labelled, flags.folds
+    metric: str
+    reference: tuple  # the cell that its difference is to
+    flags: Namespace | None  # the command's, with the column's and the row's; None: undefined
+    teachers: list
+    runs: dict  # {(fold, seed): results line}, see `runs_of`
 
     @property
     def values(self):
-        return {run: line[self.column.metric] for run, line in self.runs.items()}
+        return {run: line[self.metric] for run, line in self.runs.items()}
 
 
 TABLE_I = {
@@ -661,22 +614,24 @@ TABLE_I = {
     "features": "features file: visual (prevalent) + privileged"}
 
 
-def table_of(title, columns, text, reference=("PKDOT", "")):
-    """A table of lines "label | flags | the paper's number in each column". A line without numbers
-    is not in the paper; one with "-" for flags is others' work, and not run."""
-    rows = []
-    for line in text.strip().splitlines():
-        label, flags, *numbers = map(str.strip, line.split("|"))
-        paper = dict(zip((column.heading for column in columns), numbers, strict=False))
-        rows.append(Row(label, None if flags == "-" else flags, paper))
-    return Table(title, columns, rows, reference)
+def table_of(title, columns, rows, reference=("PKDOT", "")):
+    """A table of columns "heading | flags" (of a figure: "series, heading"), and of rows "label |
+    flags | the paper's number in each column". A row without numbers is not in the paper."""
+    columns, rows = ([[*map(str.strip, line.split("|"))] for line in text.strip().splitlines()]
+                     for text in (columns, rows))
+    columns = dict(columns)
+    paper = {label: dict(zip(columns, numbers, strict=False)) for label, _, *numbers in rows}
+    return Table(title, columns, {label: flags for label, flags, *_ in rows}, paper, reference)
 
 
-BIOVID_A = Column("BioVid (A) accuracy", "biovid_a", "accuracy")
-BIOVID_B = Column("BioVid (B) accuracy", "biovid_b", "accuracy")
-VALENCE = Column("Affwild2 valence", "affwild2", "valence")
-AROUSAL = Column("Affwild2 arousal", "affwild2", "arousal")
-COLUMNS = [BIOVID_B, VALENCE, AROUSAL]  # Table II's
+def dataset_of(flags):
+    return parse(flags.split()).dataset
+
+
+COLUMNS = """
+    BioVid (B) accuracy | --dataset biovid_b
+    Affwild2 valence    | --dataset affwild2
+    Affwild2 arousal    | --dataset affwild2"""  # Table II's
 TABLES = {
     "2": table_of("Table II: privileged KD methods", COLUMNS, """
         Cosine similarity [10]    | --method cosine    | 75.40 | 0.37 | 0.53
@@ -691,7 +646,9 @@ TABLES = {
         none (lambda 0)           | --method none
         Visual only (lower bound) | --role visual
         Multimodal (upper bound)  | --role multimodal"""),
-    "3": table_of("Table III: visual-only methods, Affwild2 validation set", [VALENCE, AROUSAL], """
+    "3": table_of("Table III: visual-only methods, Affwild2 validation set", """
+        Affwild2 valence | --dataset affwild2
+        Affwild2 arousal | --dataset affwild2""", """
         ResNet-50 [44]            | -                  | 0.31 | 0.17
         SENet-50 [45]             | -                  | 0.28 | 0.34
         MobileNet [46]            | -                  | 0.28 | 0.44
@@ -701,9 +658,9 @@ TABLES = {
         none (lambda 0)           | --method none
         PKDOT                     |                    | 0.43 | 0.56
         Multimodal (upper bound)  | --role multimodal  | 0.67 | 0.59"""),
-    "4": table_of("Table IV: visual-only methods, BioVid (A)", [
-        BIOVID_A._replace(name="BL1 vs. PA4 accuracy"),
-        BIOVID_A._replace(name="5 classes accuracy", flags="--classes 5")], """
+    "4": table_of("Table IV: visual-only methods, BioVid (A)", """
+        BL1 vs. PA4 accuracy | --dataset biovid_a
+        5 classes accuracy   | --dataset biovid_a --classes 5""", """
         Sparse LSTM [19]          | -                  | 61.70 | 29.70
         ViT [18]                  | -                  | 72.11 | NR
         FAD + RF [49]             | -                  | 72.40 | 30.80
@@ -714,7 +671,8 @@ TABLES = {
         none (lambda 0)           | --method none
         PKDOT                     |                    | 74.55 | 33.65
         Multimodal (upper bound)  | --role multimodal  | 83.50 | 36.40"""),
-    "5": table_of("Table V: visual-only methods, BioVid (B)", [BIOVID_B], """
+    "5": table_of("Table V: visual-only methods, BioVid (B)", """
+        BioVid (B) accuracy | --dataset biovid_b""", """
         Handcrafted + RF [22]     | -                  | 72.70
         Visual only (lower bound) | --role visual      | 74.10
         none (lambda 0)           | --method none
@@ -746,8 +704,10 @@ TABLES = {
         Visual only (lower bound)             | --role visual
         Multimodal (upper bound)              | --role multimodal""")}
 FIGURES = {
-    "6": table_of("Figure 6: batch size and number of anchors", [
-        BIOVID_B._replace(series=f"k = {k}", flags=f"--k {k}") for k in (5, 15, 30)], """
+    "6": table_of("Figure 6: batch size and number of anchors", """
+        k = 5, BioVid (B) accuracy  | --dataset biovid_b --k 5
+        k = 15, BioVid (B) accuracy | --dataset biovid_b --k 15
+        k = 30, BioVid (B) accuracy | --dataset biovid_b --k 30""", """
         batch size 32  | --batch-size 32
         batch size 64  | --batch-size 64
         batch size 128 | --batch-size 128
@@ -758,11 +718,14 @@ FIGURES = {
         epsilon 0.1   | --epsilon 0.1
         epsilon 1     | --epsilon 1
         epsilon 10    | --epsilon 10""", ("epsilon 0.1", "")),  # the paper's
-    "labels": table_of("Figure labels: number of labelled training samples (not in the paper)", [
-        BIOVID_A._replace(series=name, flags=flags) for name, flags in {
-            "none": "--method none", "PKDOT": "", "PKDOT shared": "--shared-anchors",
-            "row by row": "--shared-anchors --anchors random --no-transport",
-            "similarity": "--method similarity --lambda 1", "KL": "--method kl"}.items()], """
+    "labels": table_of("Figure labels: number of labelled training samples (not in the paper)", """
+        none, BioVid (A) accuracy         | --dataset biovid_a --method none
+        PKDOT, BioVid (A) accuracy        | --dataset biovid_a
+        PKDOT shared, BioVid (A) accuracy | --dataset biovid_a --shared-anchors
+        row by row, BioVid (A) accuracy | --dataset biovid_a --shared-anchors --anchors random \
+                                          --no-transport
+        similarity, BioVid (A) accuracy   | --dataset biovid_a --method similarity --lambda 1
+        KL, BioVid (A) accuracy           | --dataset biovid_a --method kl""", """
         labels 35  | --labelled 35
         labels 70  | --labelled 70
         labels 210 | --labelled 210
@@ -793,12 +756,19 @@ def warn_once(text):
 
 
 def empty_cells(table, args):
-    """{(row, column): Cell} of a table, by label and heading, none of them run."""
+    """{(row, column): Cell} of a table, by label and heading, none of them run. Others' work has
+    no cell."""
+    label, series = table.reference
     cells = {}
-    for row, column in product(table.rows, table.columns):
-        line = f"--dataset {column.dataset} {column.flags} {row.flags or ''}".split()
-        flags = parse(line, with_flags(args))  # added to the command's
-        cells[row.label, column.heading] = Cell(row, column, flags, {})
+    for (row, flags), (column, more) in product(table.rows.items(), table.columns.items()):
+        if flags == "-":
+            continue
+        flags = parse(f"{more} {flags}".split(), with_flags(args))  # added to the command's
+        metric = column.split()[-1]
+        if flags.role == "student" and needs_classes(flags) and metric != "accuracy":
+            flags = None
+        other = f"{series}, {column.partition(', ')[2]}" if series else column
+        cells[row, column] = Cell(metric, (label or row, other), flags, [], {})
     return cells
 
 
@@ -806,42 +776,35 @@ def fill(table, args, ranks):
     """Trains what the table lacks, teachers included. Returns its cells, what is not the default in
     its teachers, and why data sets or runs are missing."""
     cells = empty_cells(table, args)
-    notes = []
     problems = []
     results = args.out / "results.jsonl"
-    recorded = read_results(results) if args.print else []
+    known = read_results(results)
 
     # the teachers: cells of one data set, with the same classes, labels and folds, share them
     teachers = {}
-    for cell in cells.values():
-        if cell.which in teachers or cell.never_run:
-            continue
-        teachers[cell.which] = []
-        if args.print:
-            teachers[cell.which], note = recorded_teachers(cell.flags, recorded)
-            notes += note
-            continue
-        try:
-            source, wanted, note = teacher_settings(cell.flags)
-        except UserError as error:
-            problems.append(f"{cell.flags.dataset} not run: {error}")
-            continue
-        notes += note
-        teachers[cell.which] = ensure_teachers(source, wanted, cell.flags, ranks, problems)
+    notes = []
+    runnable = [cell for cell in cells.values() if cell.flags]
+    for cell in runnable:
+        flags = cell.flags
+        which = flags.dataset, flags.classes, flags.labelled, flags.folds
+        if which not in teachers:
+            teachers[which] = (recorded_teachers(flags, known) if args.print else
+                               table_teachers(flags, ranks, problems))
+            notes += notes_on(teachers[which], args)
+        cell.teachers.extend(teachers[which])
+    runs = [(cell, *run) for cell in runnable for run in runs_of(cell)]
 
     # the students that results.jsonl lacks
-    known = [] if args.fresh else read_results(results)
     missing = {}
-    for cell in cells.values() if not args.print else ():
-        for _, teacher, flags in students_of(cell, teachers):
-            if not line_of(teacher, flags, known):
-                missing[json.dumps(choices(flags, teacher))] = teacher, flags
+    for _, _, teacher, flags in () if args.print else runs:
+        if not line_of(teacher, flags, [] if args.fresh else known):
+            missing[json.dumps(choices(flags, teacher))] = teacher, flags
     if missing and ranks.rank == 0:
         print(f"students to train: {len(missing)}", file=sys.stderr)
     wait_for_all()
     for teacher, flags in bar(trainings_of([*missing.values()], "students", ranks), "students"):
         try:
-            record, _ = distil(teacher, *teacher_data(teacher, flags), flags, ALONE)
+            record, _ = distil(teacher, flags)
             append_line(results, record)
         except UserError as error:  # one that diverges leaves its cell without this run
             problems.append(f"{flags.method} of {teacher['path']} not run: {error}")
@@ -849,133 +812,118 @@ def fill(table, args, ranks):
 
     # collect: of several lambdas the one that is best on validation
     known = read_results(results)
-    for cell in cells.values():
-        role = cell.flags.role
-        for teacher in teachers.get(cell.which, []) if role != "student" else ():
-            settings = teacher["settings"]
-            if role in teacher["metrics"]:  # a run that was cut off may lack it
-                cell.runs[settings["fold"], None] = settings | teacher["metrics"][role]
-        for run, teacher, flags in students_of(cell, teachers):
-            line = line_of(teacher, flags, known)
-            best = cell.runs.get(run, {"validation": -math.inf})
-            if line and line["validation"] > best["validation"]:
-                cell.runs[run] = line
+    for cell, run, teacher, flags in runs:
+        line = line_of(teacher, flags, known)
+        best = cell.runs.get(run)
+        if line and not (best and best["validation"] >= line["validation"]):
+            cell.runs[run] = line
     return cells, notes, dict.fromkeys(problems)
 
 
-def students_of(cell, teachers):
-    """Yields fold and seed, teacher and flags of each student of a cell: one for each fold and
-    seed, and for each lambda to choose from."""
+def runs_of(cell):
+    """Yields fold and seed, teacher and flags of what a cell may hold: one for each fold and seed,
+    and for each lambda to choose from. A bound has a run a fold, of seed None."""
     flags = cell.flags
-    if flags.role != "student" or cell.never_run:
-        return
-    seeds = range(flags.seed, flags.seed + flags.seeds)
-    for teacher, seed, weight in product(teachers[cell.which], seeds, flags.lambdas):
-        student = with_flags(flags, seed=seed, lambdas=[weight])
-        yield (teacher["settings"]["fold"], seed), teacher, student
+    seeds, lambdas = range(flags.seed, flags.seed + flags.seeds), flags.lambdas
+    if flags.role != "student":
+        seeds = lambdas = [None]
+    for teacher, seed, weight in product(cell.teachers, seeds, lambdas):
+        settings = teacher["settings"]
+        fold = settings["folds"], settings["fold"]  # divided otherwise, folds are no pair
+        yield (fold, seed), teacher, with_flags(flags, seed=seed, lambdas=[weight])
 
 
 def line_of(teacher, args, known):
-    """The last of the results lines that are a student's of these flags, or None."""
-    settings = {key: teacher["settings"][key] for key in ("dataset", "synthetic", "fold")}
-    wanted = (settings | {"role": "student"} | choices(args, teacher)).items()
-    return next((line for line in reversed(known) if wanted <= line.items()), None)
+    """The results line of a run, or None: of a bound its teacher's, of a student the last one of
+    these flags."""
+    settings = teacher["settings"]
+    if args.role != "student":
+        scores = teacher["metrics"].get(args.role)  # a run that was cut off may lack it
+        return scores and settings | scores
+    wanted = {key: settings[key] for key in ("dataset", "synthetic", "fold")}
+    wanted |= {"role": "student"} | choices(args, teacher)
+    return next((line for line in reversed(known) if wanted.items() <= line.items()), None)
 
 
 def recorded_teachers(args, known):
     """What results.jsonl holds of a table's teachers, one a fold, like the newest: enough to find
-    the lines of their students, and their own scores, without the data; and the note."""
-    lines = [line for line in known if "teacher" in line and line["role"] != "student"
-             and is_of(line, args) and {"all", str(line["fold"])} & {*args.fold}]
-    if not lines:
-        return [], []
-    newest = lines[-1]
-    default = defaults(args.dataset, newest["synthetic"])
-    default["fusion_lr"] = fusion_lr(default, newest["few_labels"])
-    del default["classes"]
-    same = *default, "data"
-    found = {}
-    for line in lines:
-        if any(line.get(key) != newest.get(key) for key in same):
-            continue
-        teacher = found.get(line["fold"])
-        if not teacher or teacher["made of"] != line["teacher"]:
-            teacher = found[line["fold"]] = {
-                "settings": line, "made of": line["teacher"], "metrics": {}}
-        teacher["metrics"][line["role"]] = line
-    changed = {key: newest[key] for key, value in default.items()
-               if newest[key] != value and key not in ("folds", "labelled")}
-    note = note_of(changed, newest)
-    if args.root and Path(newest["root"]) != args.root:
-        note.append(f"- the numbers are of {newest['root']}")
-    return [*found.values()], note
-
-
-def is_of(line, args):
-    """Whether a results line is of the data set and the teachers that a table's flags name."""
+    the lines of their students, and their own scores, without the data."""
     wanted = dict(dataset=args.dataset, labelled=args.labelled, folds=args.folds or "subjects")
     if not args.root:  # which says by itself whether it is a stand-in
         wanted["synthetic"] = args.synthetic
     if args.dataset in data.BioVid.COLUMN:
         wanted["outputs"] = args.classes or 2
-    same_file = args.dataset != "features" or Path(line["root"]).stem == args.root.stem
-    return same_file and wanted.items() <= line.items()
+    lines = [line for line in known if "teacher" in line and line["role"] != "student"
+             and wanted.items() <= line.items() and {"all", str(line["fold"])} & {*args.fold}
+             and (args.dataset != "features" or Path(line["root"]).stem == args.root.stem)]
+    same = *defaults(args.dataset, synthetic=False), "data"
+    lines = [line for line in lines if all(line.get(key) == lines[-1].get(key) for key in same)]
+    newest = {line["fold"]: line for line in lines}
+    return [{"settings": line, "made of": line["teacher"],
+             "metrics": {other["role"]: other for other in lines
+                         if other["teacher"] == line["teacher"]}} for line in newest.values()]
 
 
 def teacher_settings(args):
-    """A table's data set, {teacher.pt: settings} of its teachers, one a fold: like the newest
-    teacher that is there, or train_teacher.py's defaults; and a note of what is not the default."""
-    given = {key: vars(args)[key] for key in "classes labelled folds face_start amp".split()}
+    """A table's data set, and {teacher.pt: settings} of its teachers, one a fold: like the newest
+    teacher that is there, or train_teacher.py's defaults."""
+    given = values_of(args, "classes labelled folds face_start amp")
     settings, source = make_settings(args.dataset, args.root, args.synthetic, **given)
-    name = args.dataset + "-synthetic" * settings["synthetic"]
-    note = []
-    for path in teachers_under(args.out, name):
+    for path in teachers_under(args.out, args.dataset + "-synthetic" * settings["synthetic"]):
         old = load(path, "teacher")["settings"]
-        if any(old[key] != settings[key] for key in ("task", "outputs")):
+        other_file = args.dataset == "features" and old["data"] != settings["data"]
+        if other_file or old["outputs"] != settings["outputs"]:
             continue
         changed = {key: old[key] for key in settings if old[key] != settings[key]
                    and key not in "folds labelled root data".split()}
-        of_images = "length face_start image_size".split()  # of a file they are no flags
-        if args.dataset == "features" and any(key in changed for key in of_images):
-            continue
         like_it = settings, source
         if changed:
             like_it = make_settings(args.dataset, args.root, args.synthetic, **given | changed)
-        if like_it[0]["data"] != old["data"]:
-            continue
-        settings, source = like_it
-        note = note_of(changed, settings)
-        break
-    wanted = {}
-    for one in folds_of(source, settings, args.fold):
-        wanted[run_folder(one, args.out) / "teacher.pt"] = one
-    return source, wanted, note
+        if like_it[0]["data"] == old["data"]:
+            settings, source = like_it
+            break
+    folds = folds_of(source, settings, args.fold)
+    return source, {run_folder(one, args.out) / "teacher.pt": one for one in folds}
 
 
-def note_of(changed, settings):
-    """A line about what is not the default in a table's teachers, if anything is."""
-    said = ", ".join(f"{key} {value}" for key, value in changed.items())
-    return [f"- {settings['dataset']}/{variant(settings)}: teachers with {said}"] * bool(changed)
+def notes_on(teachers, args):
+    """Lines about what is not the default in a table's teachers, and what other root they had."""
+    if not teachers:
+        return
+    settings = teachers[-1]["settings"]
+    default = defaults(settings["dataset"], settings["synthetic"])
+    if "few_labels" in settings:  # of results.jsonl: the rate that the default led to
+        default["fusion_lr"] = fusion_lr(default, settings["few_labels"])
+    said = ", ".join(f"{key} {settings[key]}" for key, value in default.items()
+                     if key not in ("classes", "labelled", "folds") and settings[key] != value)
+    if said:
+        yield f"- {settings['dataset']}/{variant(settings)}: teachers with {said}"
+    if args.root and Path(settings["root"]) != args.root:
+        yield f"- the numbers are of {settings['root']}"
 
 
-def ensure_teachers(source, wanted, args, ranks, problems):
-    """The teachers of {teacher.pt: settings}; each rank trains its share of what is missing. One
-    that diverges is a line in problems."""
+def table_teachers(args, ranks, problems):
+    """A table's teachers; each rank trains its share of what is missing. A data set that is not
+    there, or a teacher that diverges, is a line in problems."""
+    try:
+        source, wanted = teacher_settings(args)
+    except UserError as error:
+        problems.append(f"{args.dataset} not run: {error}")
+        return []
     missing = [settings for path, settings in wanted.items() if not path.exists()]
     wait_for_all()  # until all have looked what is missing
     for settings in trainings_of(missing, "teachers", ranks):
         try:
             train_teacher(settings, source, args, ALONE)
         except UserError as error:
-            problems.append(f"{settings['dataset']} fold {settings['fold']} not run: {error}")
+            problems.append(f"{args.dataset} fold {settings['fold']} not run: {error}")
     wait_for_all()
-    there = [(path, settings) for path, settings in wanted.items() if path.exists()]
-    return [open_teacher(path, settings) for path, settings in there]
+    return [open_teacher(path, settings) for path, settings in wanted.items() if path.exists()]
 
 
 def interval(ours, theirs):
     """Mean and 95 % t interval of ours - theirs, {(fold, seed): score} each, paired by fold and
-    seed -> (mean, low, high), or None below two pairs. A bound (seed None) pairs with every seed.
+    seed -> (mean, low, high), NaN below two pairs. A bound (seed None) pairs with every seed.
 
     Seeds of one fold share its teacher and its test samples, so that a fold's differences are
     averaged first; with a single fold the seeds are what is left to vary. Folds share training
@@ -993,7 +941,7 @@ def interval(ours, theirs):
         (sample,) = by_fold.values()
         shared = 0
     if len(sample) < 2:
-        return None
+        return [math.nan] * 3
     error = math.sqrt((1 / len(sample) + shared) * statistics.variance(sample))
     mean = statistics.mean(sample)
     half = stats.t.ppf(0.975, len(sample) - 1) * error
@@ -1001,8 +949,8 @@ def interval(ours, theirs):
 
 
 class Point(NamedTuple):
-    """A cell in numbers: over its runs, and its difference to `reference_of` it with a 95 %
-    interval, NaN below two pairs."""
+    """A cell in numbers: over its runs, and its difference to its reference, as `interval` has it.
+    """
     mean: float
     sd: float
     runs: int
@@ -1011,42 +959,32 @@ class Point(NamedTuple):
     high: float
 
 
-def points_of(table, cells):
-    """{(row, column): Point} of a table's cells. Folds that are divided otherwise have no pairs."""
+def points_of(cells):
+    """{(row, column): Point} of a table's cells."""
     points = {}
     for key, cell in cells.items():
         values = [*cell.values.values()]
         mean = statistics.mean(values) if values else math.nan
         sd = statistics.stdev(values) if len(values) > 1 else 0.0
-        other = reference_of(table, cells, cell)
-        paired = cell.flags.folds == other.flags.folds and interval(cell.values, other.values)
-        points[key] = Point(mean, sd, len(values), *(paired or [math.nan] * 3))
+        paired = interval(cell.values, cells[cell.reference].values)
+        points[key] = Point(mean, sd, len(values), *paired)
     return points
 
 
-def reference_of(table, cells, cell):
-    """The cell that a cell's difference is to."""
-    label, series = table.reference
-    return cells[label or cell.row.label, cell.column._replace(series=series).heading]
-
-
-def format_cell(cell, point, reference):
+def format_cell(cell, point, own):
     """Ours, what it is over, and the difference to the reference, in bold if beyond the noise:
-    "76.00 ± 5.89 (2 folds x 3 seeds); +1.20 [-0.30, +2.70]"."""
-    if cell.row.flags is None:
-        return ""
-    if cell.undefined:
+    "76.00 ± 5.89 (2 folds x 3 seeds); +1.20 [-0.30, +2.70]". own: it is its own reference."""
+    if not cell.flags:
         return "n/a"
     if not cell.runs:
         return "not run"
-    form = f".{cell.column.digits}f"
+    form = ".2f" if cell.metric == "accuracy" else ".3f"
     folds, seeds = map(set, zip(*cell.runs, strict=True))
-    over = f"{len(folds)} fold{'s' * (len(folds) > 1)}"
-    if seeds != {None}:
-        over += f" x {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    over = " x ".join(f"{len(found)} {what}{'s' * (len(found) > 1)}" for what, found in
+                      {"fold": folds, "seed": seeds - {None}}.items() if found)
     sd = f" ± {point.sd:{form}}" * (point.runs > 1)
     text = f"{point.mean:{form}}{sd} ({over})"
-    if cell is reference or math.isnan(point.difference):
+    if own or math.isnan(point.difference):
         return text
     # two equal differences prove nothing
     bold = "" if point.low <= 0 <= point.high or point.low == point.high else "**"
@@ -1062,43 +1000,35 @@ network is stage 1's: what a student gains over it, the whole pipeline gives; wh
 "none", its own network without a distillation term, the term. ± is the standard deviation."""
 
 
-def lines_of(cells):
-    return [line for cell in cells.values() for line in cell.runs.values()]
-
-
-def is_synthetic(cells):
-    return any(line["synthetic"] for line in lines_of(cells))
-
-
-def label_of(row, args):
+def label_of(table, row, args):
     """A row's label; beside the paper's number it says which flags are not the paper's."""
+    own = table.rows[row]
     flags = "labelled folds"
-    if "--role" not in (row.flags or ""):
+    if "--role" not in own:
         flags += " lambdas k epsilon batch_size lr epochs finetune select"
     typed = given(args, flags)
-    return f"{row.label} ({typed})" if typed and row.paper and row.flags is not None else row.label
+    return f"{row} ({typed})" if typed and table.paper[row] and own != "-" else row
 
 
-def format_table(table, cells, args):
-    """The table in Markdown: for each column the paper's number, ours and a paired difference."""
-    title, columns, rows, _ = table
-    points = points_of(table, cells)
-    lines = lines_of(cells)
-    text = [f"**{'SYNTHETIC DATA - ' * is_synthetic(cells)}{title}**", ""]
-    for dataset in dict.fromkeys(column.dataset for column in columns):
+def format_table(table, cells, points, lines, args):
+    """The table in Markdown: for each column the paper's number, ours and a paired difference.
+    lines: what results.jsonl holds of its runs."""
+    title, columns, rows, paper, reference = table
+    text = [f"**{title}**", ""]
+    for dataset in dict.fromkeys(map(dataset_of, columns.values())):
         heads = sorted({line["fusion"] for line in lines if line["dataset"] == dataset})
         text.append(f"{TABLE_I[dataset]}, fusion {' and '.join(heads) or '-'}")
 
-    published = any(row.paper for row in rows)
-    heads = [f"{column.heading}{': paper | here' * published}" for column in columns]
+    published = any(paper.values())
+    heads = [f"{column}{': paper | here' * published}" for column in columns]
     text += ["", f"| | {' | '.join(heads)} |", "|---" * (1 + len(columns) * (1 + published)) + "|"]
     for row in rows:
-        shown = [label_of(row, args)]
+        shown = [label_of(table, row, args)]
         for column in columns:
-            key = row.label, column.heading
-            paper = f"{row.paper.get(column.heading, '-')} | " * published
-            cell = cells[key]
-            shown.append(paper + format_cell(cell, points[key], reference_of(table, cells, cell)))
+            key = row, column
+            cell = cells.get(key)
+            here = format_cell(cell, points[key], cell.reference == key) if cell else ""
+            shown.append(f"{paper[row].get(column, '-')} | " * published + here)
         text.append(f"| {' | '.join(shown)} |")
 
     text.append("")
@@ -1108,7 +1038,7 @@ def format_table(table, cells, args):
     text += dict.fromkeys(
         "- fewer than {batch_size} training samples: there batch size {batch_size} is b = {b}"
         .format_map(line) for line in lines if "b" in line and line["b"] < line["batch_size"])
-    return "\n".join([*text, *format_lambdas(cells), CAPTION.format(named(table.reference))])
+    return "\n".join([*text, *format_lambdas(cells), CAPTION.format(named(reference))])
 
 
 def named(reference):
@@ -1117,11 +1047,13 @@ def named(reference):
 
 def format_lambdas(cells):
     """A line for each cell whose students are chosen among several lambdas."""
-    for (row, column), (*_, flags, runs) in cells.items():
-        student = flags.role == "student" and flags.method != "none"
-        if runs and student and len(flags.lambdas) > 1:
-            times = Counter(line["lambda"] for line in runs.values())
-            chosen = ", ".join(f"{times[weight]} times {weight:g}" for weight in sorted(times))
+    for (row, column), cell in cells.items():
+        flags = cell.flags
+        if not cell.runs or flags.role != "student" or flags.method == "none":
+            continue
+        if len(flags.lambdas) > 1:
+            times = Counter(line["lambda"] for line in cell.runs.values())
+            chosen = ", ".join(f"{n} times {weight:g}" for weight, n in sorted(times.items()))
             yield f"- lambda chosen on validation, {row}, {column}: {chosen}"
 
 
@@ -1137,13 +1069,13 @@ def for_features(table, args):
     else:
         task = data.Features(args.root).task
     metrics = ["valence", "arousal"] if task == "regression" else ["accuracy"]
-    columns = [column._replace(name=f"{args.root.stem} {metric}", dataset="features",
-                               metric=metric)
-               for metric in metrics
-               for column in table.columns if column.name == table.columns[0].name]
-    rows = [row._replace(paper={}) for row in table.rows if row.flags is not None]
+    name = next(iter(table.columns)).rpartition(", ")[2]
+    columns = {column.replace(name, f"{args.root.stem} {metric}"): f"{flags} --dataset features"
+               for metric in metrics for column, flags in table.columns.items() if name in column}
+    rows = {row: flags for row, flags in table.rows.items() if flags != "-"}
     # the title without its data set
-    return table._replace(title=table.title.partition(",")[0], columns=columns, rows=rows)
+    return table._replace(title=table.title.partition(",")[0], columns=columns, rows=rows,
+                          paper=dict.fromkeys(rows, {}))
 
 
 def choose_table(args):
@@ -1151,13 +1083,14 @@ def choose_table(args):
     table = (TABLES | FIGURES)[args.table or args.figure]
     if args.dataset == "features":
         return for_features(table, args)
-    if args.classes == 5 and any(row.paper for row in table.rows):
+    if args.classes == 5 and any(table.paper.values()):
         raise UserError(f"--classes 5: the paper's numbers in {table.title} are of two classes, "
                         "Table IV's second column of five; leave it out, or see --table choices")
-    columns = [column for column in table.columns if args.dataset in (None, column.dataset)]
+    columns = {column: flags for column, flags in table.columns.items()
+               if args.dataset in (None, dataset_of(flags))}
     if not columns:
         raise UserError(f"--dataset {args.dataset}: {table.title} has no column of it")
-    if args.root and len({column.dataset for column in columns}) > 1:
+    if args.root and len({*map(dataset_of, columns.values())}) > 1:
         raise UserError(f"--root {args.root}: {table.title} is of several data sets; "
                         "say which one with --dataset")
     return table._replace(columns=columns)
@@ -1170,10 +1103,14 @@ def print_table(args, ranks):
     cells, notes, problems = fill(table, args, ranks)
     if ranks.rank > 0:
         return
-    print(f"{' '.join(sys.argv)}\n", format_table(table, cells, args), *notes, sep="\n")
-    lines = lines_of(cells)
-    students = {id(line): line for line in lines if "code" in line}.values()  # two metrics: once
-    edited = sum(line["code"] != code() for line in students)
+    lines = {id(line): line for cell in cells.values()
+             for line in cell.runs.values()}.values()  # one of two metrics once
+    synthetic = any(line["synthetic"] for line in lines)
+    table = table._replace(title="SYNTHETIC DATA - " * synthetic + table.title)
+    points = points_of(cells)
+    text = format_table(table, cells, points, lines, args)
+    print(f"{' '.join(sys.argv)}\n", text, *notes, sep="\n")
+    edited = sum(line.get("code", code()) != code() for line in lines)
     if edited:
         print(f"- {edited} students were trained by other code than today's; --fresh trains them "
               "again")
@@ -1184,54 +1121,49 @@ def print_table(args, ranks):
     for problem in problems:
         print(problem, file=sys.stderr)
     if args.figure:
-        draw_figure(table, cells, args)
-
-
-def draw_figure(table, cells, args):
-    """Figures 6, 7 and labels as csv, and as png: the scores, and beside them the paired
-    differences to a common reference with their band."""
-    points = points_of(table, cells)
-    synthetic = is_synthetic(cells)
-    lines = [[*key, *point, "SYNTHETIC" * synthetic] for key, point in points.items()]
-
-    def write(path):
-        with open(path, "w", newline="") as file:
-            csv.writer(file).writerows([["row", "column", *Point._fields, "data"], *lines])
-
-    draw = partial(draw_lines, table, points)
-    save_figure(table.title, synthetic, ".csv", write, draw, args)
+        header = "row", "column", *Point._fields, "data"
+        rows = [[*key, *point, "SYNTHETIC" * synthetic] for key, point in points.items()]
+        draw = partial(draw_lines, table, points)
+        save_figure(table.title, synthetic, [header, *rows], draw, args)
 
 
 def draw_lines(table, points, figure):
-    """A row of two axes for each unit: the scores, and the differences to the reference."""
-    _, columns, rows, reference = table
-    units = dict.fromkeys(column.unit for column in columns)  # valence and arousal share one
-    figure.set_size_inches(10, 4 * len(units))
-    axes = figure.subplots(len(units), 2, squeeze=False)
-    panels = dict(zip(units, axes, strict=True))
-    x = [row.label.split()[-1] for row in rows]
-    for column in columns:
-        raw, paired = panels[column.unit]
-        line = [points[row.label, column.heading] for row in rows]
-        mean, sd, _, difference, low, high = zip(*line, strict=True)
-        raw.errorbar(x, mean, sd, marker="o", capsize=3, label=column.heading)
-        raw.set_ylabel(f"{column.unit}, mean ± sd")
-        paired.plot(x, difference, marker="o", label=column.heading)
-        paired.fill_between(x, low, high, alpha=0.15)
-        paired.set_ylabel(f"difference to {named(reference)}, 95 % band")
+    """Figures 6, 7 and labels. A row of two axes for each unit: the scores, and the paired
+    differences to a common reference with their band."""
+    panels = {}  # valence and arousal share one
+    for column in table.columns:
+        unit = "accuracy (%)" if column.endswith("accuracy") else "CCC"
+        panels.setdefault(unit, []).append(column)
+    figure.set_size_inches(10, 4 * len(panels))
+    axes = figure.subplots(len(panels), 2, squeeze=False)
+    what, _, _ = next(iter(table.rows)).rpartition(" ")
+    x = [row.split()[-1] for row in table.rows]
+    for (raw, paired), (unit, columns) in zip(axes, panels.items(), strict=True):
+        for column in columns:
+            line = [points[row, column] for row in table.rows]
+            mean, sd, _, difference, low, high = zip(*line, strict=True)
+            raw.errorbar(x, mean, sd, marker="o", capsize=3, label=column)
+            paired.plot(x, difference, marker="o", label=column)
+            paired.fill_between(x, low, high, alpha=0.15)
+        raw.set(xlabel=what, ylabel=f"{unit}, mean ± sd")
+        paired.set(xlabel=what, ylabel=f"difference to {named(table.reference)}, 95 % band")
     for axis in axes.flat:
-        axis.set_xlabel(rows[0].label.rpartition(" ")[0])
         axis.legend(fontsize="small")
 
 
-def save_figure(title, synthetic, ending, write, draw, args):
-    """The numbers of a figure, by write(path), and its png, by draw(figure), if matplotlib is
-    installed."""
+def save_figure(title, synthetic, numbers, draw, args):
+    """A figure's numbers, {name: array} as npz or lines as csv, and if matplotlib is installed its
+    png, by draw(figure)."""
     source = args.root.stem if args.dataset == "features" else args.dataset
-    parts = [f"figure{args.figure}", source, "finetune" * args.finetune, "synthetic" * synthetic]
-    path = args.out / f"{'-'.join(filter(None, parts))}{ending}"
+    parts = f"figure{args.figure}", source, "finetune" * args.finetune, "synthetic" * synthetic
+    arrays = isinstance(numbers, dict)
+    path = args.out / f"{'-'.join(filter(None, parts))}{'.npz' if arrays else '.csv'}"
     with data.replacing(path) as part:
-        write(part)
+        if arrays:
+            np.savez(part, **numbers)
+        else:
+            with open(part, "w", newline="") as file:
+                csv.writer(file).writerows(numbers)
     print(path)
     try:
         from matplotlib.figure import Figure
@@ -1239,7 +1171,7 @@ def save_figure(title, synthetic, ending, write, draw, args):
         print("matplotlib is not installed: no png")
         return
     figure = Figure(layout="constrained")
-    figure.suptitle("SYNTHETIC DATA - " * synthetic + title)
+    figure.suptitle(title)
     draw(figure)
     path = path.with_suffix(".png")
     with data.replacing(path) as part:
@@ -1248,7 +1180,7 @@ def save_figure(title, synthetic, ending, write, draw, args):
 
 
 FIGURE_5 = {  # the student's panels, and what trains it
-    "before training": "",
+    "before training": "--lr 0 --epochs 1",
     "own anchors": "--method pkdot",
     "shared anchors": "--shared-anchors",
     "row by row": "--shared-anchors --anchors random --no-transport"}
@@ -1259,15 +1191,15 @@ def figure_5(args, ranks):
     three ways, over up to 128 training samples, sorted by class or by valence."""
     args.dataset = args.dataset or "biovid_b"
     args.fold = [args.fold[0].replace("all", "1")]  # it shows one teacher
-    source, wanted, note = teacher_settings(args)
     problems = []
-    teachers = ensure_teachers(source, wanted, args, ranks, problems)
+    teachers = table_teachers(args, ranks, problems)
     if not teachers:
         raise UserError("; ".join(chain.from_iterable(from_all(problems, ranks))))
     if ranks.rank > 0:
         return
+    for note in notes_on(teachers, args):
+        print(note)
     teacher, = teachers
-    print(*note, sep="\n", end="\n" * len(note))
     settings = teacher["settings"]
     features, fold = teacher_data(teacher, args)
 
@@ -1280,24 +1212,22 @@ def figure_5(args, ranks):
     S = {"teacher": cosine_similarity_matrix(z_t).cpu()}
 
     # the last epoch, whichever is the best: the figure is about training
-    seen = what_the_student_sees(features, settings, args)
+    see = what_the_student_sees(features, settings, args)
     for name, flags in FIGURE_5.items():
         one = parse(flags.split(), with_flags(args, select="last"))
-        if flags:
-            _, student = distil(teacher, features, fold, one, ALONE)
-        else:
-            seed_all(args.seed, 3)
-            student, _ = make_student(teacher, args)
+        _, student = distil(teacher, one)
         network = student.eval() if args.finetune else student.fuse
-        z_s = student_answers(network, seen, train.index, args, ALONE, "z")
+        z_s = student_answers(network, see, train.index, args, ALONE, "z")
         S[name] = cosine_similarity_matrix(z_s)
 
     for name, matrix in S.items():
         print(f"{name}: mean similarity {matrix.mean():.3f}, "
               f"mean |S - S_teacher| {(matrix - S['teacher']).abs().mean():.3f}")
-    title = f"Figure 5: similarity matrices, {args.dataset} fold {settings['fold']}"
+    synthetic = settings["synthetic"]
+    title = (f"{'SYNTHETIC DATA - ' * synthetic}Figure 5: similarity matrices, {args.dataset} fold "
+             f"{settings['fold']}")
     draw = partial(draw_matrices, S, train.label, class_names(settings))
-    save_figure(title, settings["synthetic"], ".npz", lambda path: np.savez(path, **S), draw, args)
+    save_figure(title, synthetic, S, draw, args)
 
 
 def draw_matrices(S, label, names, figure):
@@ -1381,9 +1311,6 @@ def parse(argv=None, namespace=None):
 
     add = parser.add_argument_group("tables and figures").add_argument
     add("--seeds", type=count, default=1, help="students a fold; default 1")
-    add("--labelled", type=count, help="training samples that keep their label; default all")
-    add("--folds", choices=("subjects", "clips"), help="what folds divide; default subjects")
-    add("--classes", type=int, choices=(2, 5), help="BioVid; default 2")
     add("--fresh", action="store_true", help="train the students again; default: what is missing")
     add("--print", action="store_true",
         help="of what results.jsonl holds; no data is read, nothing trained")
@@ -1394,17 +1321,46 @@ def parse(argv=None, namespace=None):
 
 def given(args, dests):
     """Those of the flags that are not at their defaults, as they are typed."""
-    default = vars(parse([]))
     names = dict(lambdas="lambda", debias="no-debias", shared="shared-anchors",
                  transport="no-transport")
+    default = vars(parse([]))
     typed = []
-    for dest in dests.split():
-        value = vars(args)[dest]
+    for dest, value in values_of(args, dests).items():
         if value != default[dest]:
-            values = value if isinstance(value, list) else [value] * (not isinstance(value, bool))
+            values = [] if isinstance(value, bool) else np.ravel(value)
             name = names.get(dest, dest).replace("_", "-")
             typed.append(" ".join([f"--{name}", *map(str, values)]))
     return " ".join(typed)
+
+
+def misplaced(args):
+    """Yields flags that mean nothing to this command, and what to do."""
+    if len(args.lambdas) > 1 and not (args.table or args.figure in FIGURES):
+        yield "lambdas", "several values are for --table, and --figure but 5; give one"
+    if not args.finetune:
+        yield "chunk", "for --finetune: without it no clip passes the backbone; leave it out"
+
+    if args.table or args.figure:
+        own = "method role hallucinate teacher kl"  # what the rows and columns are about
+        if args.figure == "labels":
+            own += " labelled"
+        elif args.figure == "5":
+            own += " anchors shared transport print"
+        elif args.table and args.table != "choices":
+            own += " anchors shared transport debias"
+        yield own, ("the rows of --table and --figure say what they are; leave it out, or see "
+                    "--table choices")
+    elif not (args.evaluate or args.predict):
+        own = METHODS[args.method].flags.split()
+        yield (" ".join(flag for flag in METHODS["pkdot"].flags.split() if flag not in own),
+               f"--method {args.method} does not read it; leave it out")
+        yield "labelled folds classes", "a teacher's; give it to train_teacher.py"
+        yield "seeds fresh print hallucinate role", "for --table and --figure; leave it out"
+        yield "student", "for --predict; leave it out"
+
+
+def values_of(args, dests):
+    return {dest: vars(args)[dest] for dest in dests.split()}
 
 
 def with_flags(args, **change):
@@ -1420,53 +1376,30 @@ def main():
     if "k" in METHODS[args.method].flags.split() and args.k > args.batch_size:
         raise UserError(f"--k {args.k}: the similarity matrix has only --batch-size "
                         f"{args.batch_size} rows; lower --k or raise --batch-size")
-    if len(args.lambdas) > 1 and not (args.table or args.figure in FIGURES):
-        raise UserError("several values of --lambda are for --table, and --figure but 5; give one")
-    if args.chunk and not args.finetune:
-        raise UserError("--chunk is for --finetune; without it no clip passes the backbone")
-    failed = False
+    for flags, why in misplaced(args):
+        if typed := given(args, flags):
+            raise UserError(f"{typed}: {why}")
+    table = args.table or args.figure
+    if table:
+        args.fold = args.fold or ["all"]
+        args.resume = True  # what is trained already stays
     if args.evaluate:
-        evaluate(args, ranks)
+        job = evaluate
     elif args.predict:
-        failed = predict_faces(args, ranks)
-    elif args.table or args.figure:
-        tabulate(args, ranks)
+        job = predict_faces
+    elif args.figure == "5":
+        job = figure_5
+    elif table:
+        job = print_table
     else:
-        distil_folds(args, ranks)
+        job = distil_folds
+    failed = job(args, ranks)
     leave_ranks()
     sys.exit(failed)
 
 
-def tabulate(args, ranks):
-    own = "method role hallucinate teacher kl"  # what the rows and columns are about
-    if args.figure == "labels":
-        own += " labelled"
-    elif args.figure == "5":
-        own += " anchors shared transport print"
-    elif args.table and args.table != "choices":
-        own += " anchors shared transport debias"
-    if typed := given(args, own):
-        raise UserError(f"{typed}: the rows of --table and --figure say what they are; leave it "
-                        "out, or see --table choices")
-    args.fold = args.fold or ["all"]
-    args.resume = True  # what is trained already stays
-    if args.figure == "5":
-        figure_5(args, ranks)
-    else:
-        print_table(args, ranks)
-
-
 def distil_folds(args, ranks):
     """The students that a command without --table asks for; of several folds each rank has some."""
-    own = METHODS[args.method].flags.split()
-    pkdots = " ".join(flag for flag in METHODS["pkdot"].flags.split() if flag not in own)
-    for flags, why in {
-            pkdots: f"--method {args.method} does not read it",
-            "labelled folds classes": "a teacher's; give it to train_teacher.py",
-            "seeds fresh print hallucinate role": "for --table and --figure",
-            "student": "for --predict"}.items():
-        if others := given(args, flags):
-            raise UserError(f"{others}: {why}; leave it out")
     paths = chosen_teachers(args)
     together = args.finetune and len(paths) == 1  # one that all ranks train
     teachers = [open_teacher(path) for path in paths]  # all, before the first student
@@ -1481,9 +1414,20 @@ def distil_folds(args, ranks):
     print_mean(found, settings, ranks)
 
 
+def expect_same_data(root, settings, args):
+    """Raises UserError unless the data set holds the faces and labels that a teacher was trained
+    on, wherever it lies; of a features file that is read whole, the privileged rows, too."""
+    whole = settings["dataset"] == "features" and not args.finetune
+    source = data.Features(root) if whole else open_faces(settings, args)
+    views = getattr(source, "rows", ["visual"])
+    if not content(source, views).items() <= settings["data"].items():
+        raise UserError(f"{root}: its samples are not those that the teacher was trained on; train "
+                        "the teacher again, or give the --root it was trained on")
+
+
 def keep_student(teacher, args, ranks):
-    """Trains a student and saves it, unless --resume finds it finished; prints its scores between
-    its teacher's, and returns them, or None in the ranks that only helped."""
+    """Trains a student, unless --resume finds it finished; prints its scores between its teacher's,
+    and returns them, or None in the ranks that only helped."""
     settings = teacher["settings"]
     found = teacher["metrics"]
     run = run_folder(settings, args.out)  # also of a teacher that lies elsewhere
@@ -1491,14 +1435,11 @@ def keep_student(teacher, args, ranks):
     if needs_classes(args) and settings["task"] == "regression":
         raise UserError("--method kl and --kl compare class probabilities, and valence/arousal has "
                         "none; choose another method, similarity for one")
-    if not args.finetune:  # which reads the faces anyway
-        root = args.root or Path(settings["root"])
-        there = root.is_file() or root.is_dir() and any(root.iterdir())
-        if args.root or there:
-            file = settings["dataset"] == "features"
-            expect_same_data(data.Features(root) if file else open_faces(settings, args), settings)
-        elif ranks.rank == 0:
-            print(f"{root} is not there: the features that were extracted suffice")
+    root = args.root or Path(settings["root"])
+    if args.root or root.is_file() or any(root.glob("*")):
+        expect_same_data(root, settings, args)
+    elif ranks.rank == 0 and not args.finetune:  # which asks for the faces itself
+        print(f"{root} is not there: the features that were extracted suffice")
     if ranks.rank == 0:
         print(f"{teacher['path']}, test: visual only {show(found['visual'])}, "
               f"teacher {show(found['multimodal'])}")
@@ -1511,12 +1452,8 @@ def keep_student(teacher, args, ranks):
             if ranks.rank == 0:
                 print(f"{finished} is finished")
         else:
-            features, fold = teacher_data(teacher, args)
-            record, student = distil(teacher, features, fold, args, ranks, run)
+            record, _ = distil(teacher, args, ranks, run)
             if ranks.rank == 0:
-                state = student_state(student, whole, features, fold)
-                save(finished, state | {"record": record})
-                finished.with_suffix(".progress").unlink(missing_ok=True)
                 append_line(args.out / "results.jsonl", record)
     if ranks.rank > 0:
         return

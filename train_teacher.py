@@ -62,6 +62,11 @@ def add_common_flags(parser):
     add = parser.add_argument_group("data, machine, output").add_argument
     add("--root", type=data.a_path, help="the data; default: data/<dataset>")
     add("--synthetic", action="store_true", help="use a synthetic stand-in, written on first use")
+    add("--classes", type=int, choices=(2, 5), help="BioVid: BL1 and PA4, or all five; default 2")
+    add("--folds", choices=("subjects", "clips"),
+        help="what folds divide; clips puts a person into training and test; default subjects")
+    add("--labelled", type=at_least(1), metavar="N",
+        help="training samples that keep their label, the others are pairs without; default all")
     add("--face-start", type=at_least(0, float), metavar="SECONDS",
         help="where in BioVid's videos image 1 lies; default 0, or the teacher's")
     add("--seed", type=at_least(0), default=0,
@@ -875,12 +880,7 @@ def parse(argv=None):
     number = at_least(0, float)
     add("--dataset", choices=DATASETS, default="biovid_b")
     add_common_flags(parser)
-    add("--classes", type=int, choices=(2, 5), help="BioVid: BL1 and PA4, or all five; default 2")
     add("--fold", default="1", choices="1 2 3 4 5 all".split(), help="default 1")
-    add("--folds", choices=("subjects", "clips"),
-        help="what folds divide; clips puts a person into training and test; default subjects")
-    add("--labelled", type=count, metavar="N",
-        help="training samples that keep their label, the others are pairs without; default all")
     add("--clips", dest="length", type=count,
         help="clips per sample; default: BioVid 1, Affwild2 8")
     add("--fusion", choices=models.HEADS, help="Fig. 4; default: Table I's")
