@@ -294,21 +294,21 @@ def image_files(folder, prefix, first=0):
 
 
 @contextmanager
-def reading(path, expected, advice):
+def blaming(path, expected, advice, kinds=Exception):
     """What fails in this block fails because of the file, unless it is for want of memory: damaged
     bytes make Pillow, numpy and scipy raise any of a dozen kinds of error."""
     try:
         yield
-    except (MemoryError, UserError):
-        raise
-    except Exception as error:
+    except kinds as error:
+        if isinstance(error, UserError) or lacks_memory(error):
+            raise
         reason = getattr(error, "strerror", None) or f"{expected} ({error})"
         raise UserError(f"{path}: {reason}; {advice}") from None
 
 
 def read_image(path):
     """A jpg or png as a viewer shows it."""
-    with reading(path, "not a plain jpg or png", "extract it again or delete it"):
+    with blaming(path, "not a plain jpg or png", "extract it again or delete it"):
         with (warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
               Image.open(path, formats=("JPEG", "PNG")) as file):
             image = ImageOps.exif_transpose(file)
@@ -326,7 +326,7 @@ def read_frames(folder, names, size):
 def read_table(path, delimiter, columns):
     """The named columns of a text table as numbers, (rows, columns); it may have no row."""
     expected = f"not a table of numbers with a first line of names, among them {columns}"
-    with (reading(path, expected, "extract it again"), open(path, encoding="utf-8-sig") as file,
+    with (blaming(path, expected, "extract it again"), open(path, encoding="utf-8-sig") as file,
           warnings.catch_warnings(action="ignore", category=UserWarning)):  # of an empty table
         header = [name.strip() for name in file.readline().split(delimiter)]
         use = None if header == columns else [header.index(name) for name in columns]
@@ -714,10 +714,24 @@ def read_fps(path, videos):
 def read_annotation(path):
     """Affwild2's file -> float32 (T, 2); a row with -5 in either place has no label: NaN."""
     label = read_table(path, ",", ["valence", "arousal"])
-    if label.shape[1:] != (2,) or not ((np.abs(label) <= 1) | (label == INVALID)).all():
-        raise UserError(f"{path}: expected two values a row, in [-1, 1] or -5; extract it again")
-    label[(label == INVALID).any(1)] = NO_LABEL
-    return label.astype(np.float32)
+    if label.shape[1:] != (2,):
+        raise UserError(f"{path}: expected two values a row; extract it again")
+    return affect(path, label)
+
+
+def affect(path, label):
+    """Valence and arousal (N, ..., 2) of a file as float32; NaN where either is -5."""
+    refuse(path, "label", ~(np.abs(label) <= 1) & (label != INVALID), "values beyond [-1, 1]")
+    label[(label == INVALID).any(-1)] = NO_LABEL
+    return np.float32(label)
+
+
+def refuse(path, key, wrong, what):
+    """UserError if anything is wrong in a file's rows, or samples: wrong is bool (N, ...)."""
+    rows = np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))
+    if len(rows):
+        raise UserError(f"{path}: {key} holds {what} in {len(rows)} of {len(wrong)} rows, number "
+                        f"{rows[0]} (from 0 on) the first; mend them, or get the file again")
 
 
 def read_wav(path):
@@ -725,7 +739,7 @@ def read_wav(path):
     advice = (f"make it with ffmpeg -i <video>.mp4 -ac 1 -ar {SOUND_RATE} {path.name}, or for a "
               f"silent video ffmpeg -f lavfi -i anullsrc -ac 1 -ar {SOUND_RATE} -t <seconds> "
               f"{path.name}")
-    with (reading(path, "not a wav that can be used", advice),
+    with (blaming(path, "not a wav that can be used", advice),
           warnings.catch_warnings(action="ignore", category=wavfile.WavFileWarning)):
         try:
             rate, sound = wavfile.read(path, mmap=True)  # it warns of chunks of metadata
@@ -833,7 +847,6 @@ class Features:
     """
 
     split = None
-    KEYS = "visual privileged label group split name video frame_label frame_row backbones".split()
 
     def __init__(self, path, length=None, privileged=True, labelled=True, strict=True):
         self.path = Path(path)
@@ -842,9 +855,7 @@ class Features:
         self.notes = []
         arrays = read_arrays(path, {"visual": True, "privileged": privileged, "label": labelled},
                              self.faults)
-        for key in sorted(arrays.keys() - self.KEYS):  # a group that is misspelt would be a leak
-            self._need(False, f"holds {key}, which nothing reads; leave it out, or rename it")
-        self.backbones = np.array(arrays.get("backbones", ())).tolist()  # stage 2: whose features
+        self.backbones = np.array(arrays.pop("backbones", ())).tolist()  # stage 2: whose features
         if "visual" in arrays:
             self._read(arrays, length)
         if strict and self.faults:
@@ -854,18 +865,42 @@ class Features:
         """Sets `rows` and all else; a fault of one array leaves the others' to be found."""
         count, clips = (*arrays["visual"].shape[:-1], 1, 1)[:2]
         self.length = length or clips
-        for key in ("visual", "privileged"):
-            if key in arrays:
-                with noting(self.faults):
-                    array = arrays[key]
-                    array = array[:, None] if array.ndim == 2 else array
-                    self._expect(key, array, "f", (count, clips, *array.shape[-1:]))
-                    self.rows[key] = torch.from_numpy(np.float32(array)).flatten(0, 1)
-
-        self._read_names(arrays, count, clips)
-        if "label" in arrays:
+        self.group = self.name = self.video = np.arange(count).repeat(clips)
+        for key, array in arrays.items():
             with noting(self.faults):
-                self._read_label(arrays, count, clips)
+                match key:
+                    case "visual" | "privileged":
+                        array = array[:, None] if array.ndim == 2 else array
+                        self._expect(key, array, "f", (count, clips, *array.shape[-1:]))
+                        self.rows[key] = torch.from_numpy(np.float32(array)).flatten(0, 1)
+                    case "label":
+                        self._read_label(array, count, clips)
+                    case "frame_label" | "frame_row":
+                        if self.backbones:  # stage 2's, checked when they were read
+                            setattr(self, key, torch.from_numpy(array))
+                    case "group" | "name" | "split" | "video":
+                        self._expect(key, array, "Uiu", (count,))
+                        setattr(self, key, array.repeat(clips))
+                    case _:  # a group that is misspelt would be a leak
+                        self._need(False, f"holds {key}, which nothing reads; leave it out, or "
+                                   "rename it")
+
+        if "group" not in arrays:
+            self.notes.append(f"{self.path}: holds no group, so that a person may be in training "
+                              "and test")
+        self.name = self.name.astype(str)
+        self._need(len(np.unique(self.name)) == count,  # an evaluation finds its samples by name
+                   "name holds the same one twice; number them")
+        self._need(clips == 1 or len(np.unique(self.video)) == count,
+                   f"video joins samples of {clips} clips; write one clip a sample, (N, 1, D), or "
+                   "leave video out")
+        if self.split is not None:
+            found = np.unique(self.split)
+            self._need(np.isin(found, ("train", "test")).all(), f"split holds {str(found)[:60]}; "
+                       "expected train and test (validation is taken from train)")
+            both = np.intersect1d(*(self.group[self.split == part] for part in ("train", "test")))
+            self._need(self.backbones or not len(both),  # stage 2's came with the data
+                       f"split has group {both[:1]} in both parts; give it to one")
 
     def _need(self, good, fault):
         if not good:
@@ -877,48 +912,13 @@ class Features:
         if array.dtype.kind not in kinds or array.shape not in shapes or not array.size:
             raise UserError(f"{self.path}: {key} is {array.dtype} {array.shape}; {FEATURES}")
         if "U" not in kinds:
-            self._refuse(key, ~(np.abs(array) < np.float64(3e38)), "NaN or infinity")
+            refuse(self.path, key, ~(np.abs(array) < np.float64(3e38)), "NaN or infinity")
 
-    def _refuse(self, key, wrong, what):
-        samples = np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))
-        if len(samples):
-            raise UserError(f"{self.path}: {key} holds {what} in {len(samples)} of {len(wrong)} "
-                            f"samples, number {samples[0]} (from 0 on) the first; mend or leave "
-                            "them out")
-
-    def _read_names(self, arrays, count, clips):
-        """Sets group, name, video and split, (N * L,) each."""
-        self.group = self.name = self.video = np.arange(count).repeat(clips)
-        for key in sorted(arrays.keys() & "group name split video".split()):
-            with noting(self.faults):
-                self._expect(key, arrays[key], "Uiu", (count,))
-                setattr(self, key, arrays[key].repeat(clips))
-        if "group" not in arrays:
-            self.notes.append(f"{self.path}: holds no group, so that a person may be in training "
-                              "and test")
-        self.name = self.name.astype(str)
-        self._need(len(np.unique(self.name)) == count,  # an evaluation finds its samples by name
-                   "name holds the same one twice; number them")
-        self._need(clips < 2 or len(np.unique(self.video)) == count,
-                   f"video joins samples of {clips} clips; write one clip a sample, (N, 1, D), or "
-                   "leave video out")
-        if self.split is None:
-            return
-
-        found = {*self.split.tolist()}
-        self._need(found <= {"train", "test"}, f"split holds {str(found)[:60]}; expected train and "
-                   "test (validation is taken from train)")
-        both = np.intersect1d(*(self.group[self.split == part] for part in ("train", "test")))
-        self._need(self.backbones or not len(both),  # stage 2's is the one that the data came with
-                   f"split has group {both[:1]} in both parts; give it to one")
-
-    def _read_label(self, arrays, count, clips):
+    def _read_label(self, label, count, clips):
         """Sets task, outputs and a label for each row, (N * L,) or (N * L, 2); of regression the
         labels of frames, too."""
-        label = arrays["label"]
         self._expect("label", label, "iuf" if label.ndim == 1 else "f",  # whole numbers are classes
                      (count,), (count, 2), (count, clips, 2))
-        of_rows = label.reshape(-1, 2) if label.ndim == 3 else label.repeat(clips, 0)
         if label.ndim == 1:
             classes = np.unique(label[label != -1]).tolist()
             if classes != [*range(max(len(classes), 2))]:
@@ -927,20 +927,17 @@ class Features:
                                 "no label")
             self.task = "classification"
             self.outputs = len(classes)
-            self.label = torch.from_numpy(np.int64(of_rows))
+            self.label = torch.from_numpy(np.int64(label.repeat(clips)))
             return
 
-        self._refuse("label", (np.abs(label) > 1) & (label != INVALID), "values beyond [-1, 1]")
         if label.any() and np.isin(label, (0, 1)).all():
             raise UserError(f"{self.path}: label is all 0 and 1; write classes as label.argmax(1)")
         self.task = "regression"
         self.outputs = 2
-        label = torch.from_numpy(np.float32(of_rows))
-        self.label = label.where((label != INVALID).all(1, True), NO_LABEL)
-        known = has_label(self.label).nonzero().flatten()
-        of_frames = arrays if self.backbones else {}  # stage 2's, checked when they were read
-        self.frame_row = torch.as_tensor(of_frames.get("frame_row", known))
-        self.frame_label = torch.as_tensor(of_frames.get("frame_label", self.label[known]))
+        label = affect(self.path, label.reshape(count, -1, 2))  # of each sample, or of its clips
+        self.label = torch.from_numpy(label.repeat(clips // label.shape[1], 1)).flatten(0, 1)
+        self.frame_row = has_label(self.label).nonzero().flatten()
+        self.frame_label = self.label[self.frame_row]
 
     def visual(self, row):
         return self.rows["visual"][row]
@@ -965,12 +962,10 @@ def read_arrays(path, needed, faults):
     """The arrays of an .npz file but those that are not needed; nothing pickled is ever opened. One
     that cannot be read is a line in `faults`."""
     arrays = {}
-    with reading(path, "cut short or damaged", FEATURES), open(path, "rb") as file:
-        if file.peek(2)[:2] != b"PK":
-            raise UserError(f"{path}: no .npz (zip) file; {FEATURES}")
-        content = np.load(file, allow_pickle=False)
-        for key in sorted({*needed, *content}):
-            with noting(faults), reading(path, f"{key} is missing or damaged", FEATURES):
+    with (blaming(path, "no .npz file, or one cut short", FEATURES),
+          np.load(path, allow_pickle=False) as content):
+        for key in [*needed, *sorted(content.keys() - needed)]:
+            with noting(faults), blaming(path, f"{key} is missing or damaged", FEATURES):
                 if needed.get(key, True):
                     arrays[key] = content[key]
     return arrays
@@ -989,7 +984,8 @@ def replacing(path):
     there is renamed to `path`, or removed on any failure. Where it is a folder that is there by
     then, another process was quicker, and its folder stays."""
     path = Path(path)
-    try:
+    with blaming(path, "cannot be written", "free some space or give another place",
+                 (OSError, RuntimeError)):  # torch's writer raises RuntimeError
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(".writing-*"):  # by a killed process: no writing takes a day
             with suppress(FileNotFoundError):  # its owner, or another one who cleans up
@@ -1003,22 +999,14 @@ def replacing(path):
             except OSError:
                 if not (part.is_dir() and path.is_dir()):
                     raise
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
-        if lacks_memory(error):
-            raise
-        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}); free some "
-                        "space or give another place") from None
 
 
 def writable(folder):
     """Makes an output's folder, and finds out before the work whether a file can be made in it."""
-    try:
+    with blaming(folder, "cannot be written to", "give another place for the output", OSError):
         Path(folder).mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to ({error.strerror}); give another "
-                        "place") from None
 
 
 def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileged=True,
@@ -1386,8 +1374,8 @@ def main():
 
 def lacks_memory(error):
     """Whether an error of any library is for want of memory."""
-    words = "out of memory|not enough memory|allocate memory|nable to allocate|ALLOC_FAILED"
-    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
+    return re.search("MemoryError|out of memory|not enough memory|allocate memory|"
+                     "nable to allocate|ALLOC_FAILED", repr(error))
 
 
 def run(main):
@@ -1403,7 +1391,7 @@ def run(main):
         finally:
             sys.stdout.flush()  # a closed pipe shows here rather than at the interpreter's exit
         return
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         # a DataLoader worker hands it on behind its traceback
         line = re.split(r"\n[\w.]*Error: ", str(error))[-1].strip()
         if isinstance(error, UserError):
