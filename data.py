@@ -56,7 +56,9 @@ DATASETS = "biovid_b biovid_a affwild2 features".split()
 NO_LABEL = math.nan  # valence/arousal without a label: here,
 INVALID = -5.0  # and in files
 SAMPLE = r"\d{6}_[mw]_\d\d-(BL1|PA[1-4])-\d{3}"  # BioVid's names: subject, level, number
-BIOVID = "on request: https://www.nit.ovgu.de/BioVid.html; --synthetic runs without it"
+BIOVID = ("expected faces/<subject>/<sample>/img_00001.jpg and "
+          "biosignals_filtered/<subject>/<sample>_bio.csv under the root; on request: "
+          "https://www.nit.ovgu.de/BioVid.html; --synthetic runs without it")
 AFFWILD2 = "on request: https://ibug.doc.ic.ac.uk/resources/aff-wild2/; --synthetic runs without it"
 LITTER = r"[.@_]|lost\+found$"  # what macOS, a NAS and a disk check leave behind,
 FOLDER = "[!.@_]*/"  # and a glob of all else
@@ -87,20 +89,12 @@ class UserError(ValueError):
 
 
 def bar(iterable, text, quiet=False):
-    """Yields what is in it and shows how far it is: a bar on a terminal; elsewhere, a file say, a
-    line every half a minute."""
-    if quiet or sys.stderr.isatty():
-        yield from tqdm(iterable, text, leave=False, disable=quiet)
-        return
-    start = last = time.monotonic()
-    for done, item in enumerate(iterable, 1):
-        yield item
-        now = time.monotonic()
-        if now > last + 30:
-            last = now
-            left = (now - start) / done * (len(iterable) - done)
-            print(f"{text} {done} of {len(iterable)}, about {left / 60:.0f} min left",
-                  file=sys.stderr)
+    """What is in it, and shows how far it is: a bar on a terminal; elsewhere, a file say, a line
+    every half a minute."""
+    look = dict(leave=False) if sys.stderr.isatty() else dict(
+        delay=30, mininterval=30, miniters=1, smoothing=0,
+        bar_format="{desc} {n} of {total}, about {remaining} left\n")
+    return tqdm(iterable, text, disable=quiet, **look)
 
 
 class Windows(NamedTuple):
@@ -220,16 +214,15 @@ def few_labels(source, train, number, fold):
     candidates = train[samples.index[:, 0]] & samples.labelled.numpy()
     order = np.random.default_rng(fold).permutation(np.flatnonzero(candidates))
     level = samples.label[order].numpy() if samples.label.ndim == 1 else 0 * order
-    levels = np.unique(level)
+    levels, counts = np.unique(level, return_counts=True)
     if not len(levels) <= number <= len(order):
         raise UserError(f"{source.path}: cannot keep {number} training labels; fold {fold} takes "
                         f"from {len(levels)} (one a class) to {len(order)} (all there are)")
 
     # each class is spread evenly over a line from 0 to 1, its first sample at 0
     place = np.zeros(len(order))
-    for one in levels:
-        of_class = np.flatnonzero(level == one)
-        place[of_class[1:]] = (np.arange(1, len(of_class)) + 0.5) / len(of_class)
+    for one, count in zip(levels, counts, strict=True):
+        place[level == one] = np.r_[0, 1.5:count] / count
     kept = samples.take(order[place.argsort(kind="stable")[:number]])
 
     hidden = train.copy()
@@ -333,13 +326,13 @@ def read_table(path, delimiter, columns):
         return np.loadtxt(file, delimiter=delimiter, usecols=use, ndmin=2)
 
 
-def find_folder(root, *names, inside):
+def find_folder(root, *names):
     """The first of root/name that exists, or root/name/name as unzipping sometimes leaves it."""
     for name in names:
         for path in (root / name / name, root / name):
             if path.is_dir():
                 return path
-    raise UserError(f"{root / names[0]}: expected a folder {names[0]}/{inside}")
+    raise UserError(f"{root / names[0]}: no such folder; {BIOVID}")
 
 
 @contextmanager
@@ -438,12 +431,10 @@ class BioVid(Source):
         super().__init__(root, length, image_size)
         levels = self.LEVELS[classes]
         self.outputs = len(levels)
-        faces = find_folder(self.path, "faces",
-                            inside=f"<subject>/<sample>/img_00001.jpg; {BIOVID}")
+        faces = find_folder(self.path, "faces")
         folders = sorted(faces.glob(FOLDER + FOLDER))
         if privileged:
-            signals = find_folder(self.path, "biosignals_filtered", "biosignals_raw",
-                                  inside=f"<subject>/<sample>_bio.csv; {BIOVID}")
+            signals = find_folder(self.path, "biosignals_filtered", "biosignals_raw")
             self.notes = [f"{csv}: no face crops in {crops}; not used"
                           for csv in sorted(signals.glob(f"{FOLDER}[!.]*_bio.csv"))
                           if not (crops := faces / csv.parent.name / csv.name[:-8]).is_dir()]
@@ -473,7 +464,7 @@ class BioVid(Source):
                          for clip, (images, *span) in enumerate(clips)]
         if not rows:
             self.faults.append(f"{faces}: no sample of {', '.join(levels)} in it that can be used; "
-                               f"expected <subject>/<sample>/; {BIOVID}")
+                               f"{BIOVID}")
             return
 
         self.set_columns(rows, "video name group label images signals")
@@ -513,18 +504,19 @@ def pain_clips(folder, length, face_start):
     numbers, names = image_files(folder, "img_", first=face_start is None)
     seconds = (face_start or 0) + (numbers - 1) / FPS
     window = (seconds >= BEGIN) & (seconds < END)
-    seconds = seconds[window]
-    if not len(seconds):
+    seconds, names = seconds[window], names[window]
+    if not len(names):
         raise UserError(f"{folder}: no face img_<5 digits>.jpg between {BEGIN:g} and {END:g} s; "
                         "extract its crops again or remove the folder")
     clips = []
     for begin, end in pairwise(np.linspace(BEGIN, END, length + 1)):
-        inside = np.flatnonzero((seconds >= begin) & (seconds < end))
-        if not len(inside):
-            inside = np.abs(seconds - (begin + end) / 2).argmin(keepdims=True)
-        spaced = np.linspace(0, len(inside) - 1, PAIN_IMAGES).round().astype(int)
-        clips.append(((folder, names[window][inside[spaced]]), begin, end))
-    return clips, len(names)
+        inside = (seconds >= begin) & (seconds < end)
+        if not inside.any():
+            inside = [np.abs(seconds - (begin + end) / 2).argmin()]
+        images = names[inside]
+        spaced = np.linspace(0, len(images) - 1, PAIN_IMAGES).round().astype(int)
+        clips.append(((folder, images[spaced]), begin, end))
+    return clips, len(numbers)
 
 
 def read_biosignal(path, column, begin, end):
@@ -572,7 +564,6 @@ class Affwild2(Source):
 
     def __init__(self, root, length, image_size, privileged):
         super().__init__(root, length, image_size)
-        find_folder(self.path, "cropped_aligned", inside=f"<video>/00001.jpg; {AFFWILD2}")
         # Crops come in several archives, of one level or two.
         crops = self._by_video(path for level in ("", "batch*/", "cropped_aligned*/")
                                for path in self.path.glob(f"cropped_aligned*/{level}{FOLDER}")
@@ -587,7 +578,7 @@ class Affwild2(Source):
             fps = read_fps(self.path / "fps.txt", crops | files)
 
         rows = []  # the attributes of each
-        frames = []  # of each video: its valid labels, and the row whose prediction holds for each
+        frames = []  # of each video: its labels, and the row whose prediction holds for each
         for video, path in files.items():
             sound = sound_name(video)
             wav = self.path / "audio" / f"{sound}.wav"
@@ -597,12 +588,11 @@ class Affwild2(Source):
                     raise UserError(f"{self.path / 'cropped_aligned' / video}: missing, but its "
                                     f"annotation is there; extract it again or remove {path}")
                 label = read_annotation(path)
-                known = np.isfinite(label).all(1)
                 clips = affect_clips(crops[video], len(label))
                 if privileged:
                     self._expect_sound(wav, len(label) / rate, video)
                 nearest = nearest_clip([end for end, _ in clips], len(label))
-                frames.append((label[known], (len(rows) + nearest)[known]))
+                frames.append((label, len(rows) + nearest))
                 rows += [(video, f"{video}/{end:05d}", sound, self.SPLIT[path.parent.name],
                           label[end - 1], images, (wav, end / rate)) for end, images in clips]
         if not rows:
@@ -611,8 +601,10 @@ class Affwild2(Source):
 
         self.set_columns(rows, "video name group split label images signals")
         self.label = torch.from_numpy(self.label)
-        self.frame_label, self.frame_row = (torch.from_numpy(np.concatenate(column))
-                                            for column in zip(*frames, strict=True))
+        label, row = (torch.from_numpy(np.concatenate(column))
+                      for column in zip(*frames, strict=True))
+        known = has_label(label)
+        self.frame_label, self.frame_row = label[known], row[known]
 
     def _by_video(self, paths):
         """{video: its path}; any further path of a video is a fault."""
@@ -853,8 +845,14 @@ class Features:
         self.rows = {}
         self.faults = []
         self.notes = []
-        arrays = read_arrays(path, {"visual": True, "privileged": privileged, "label": labelled},
-                             self.faults)
+        wanted = {"visual": True, "privileged": privileged, "label": labelled}
+        arrays = {}  # all but those that are not wanted; nothing pickled is ever opened
+        with (blaming(path, "no .npz file, or one cut short", FEATURES),
+              np.load(path, allow_pickle=False) as content):
+            for key in [*wanted, *sorted(content.keys() - wanted)]:
+                with noting(self.faults), blaming(path, f"{key} is missing or damaged", FEATURES):
+                    if wanted.get(key, True):
+                        arrays[key] = content[key]
         self.backbones = np.array(arrays.pop("backbones", ())).tolist()  # stage 2: whose features
         if "visual" in arrays:
             self._read(arrays, length)
@@ -881,6 +879,11 @@ class Features:
                     case "group" | "name" | "split" | "video":
                         self._expect(key, array, "Uiu", (count,))
                         setattr(self, key, array.repeat(clips))
+                        # an evaluation finds its samples by name
+                        differ = key == "name" or key == "video" and clips > 1
+                        self._need(not differ or len(np.unique(array)) == count,
+                                   f"{key} holds the same one twice; number them, or leave {key} "
+                                   "out (a video may join samples of one clip each, (N, 1, D))")
                     case _:  # a group that is misspelt would be a leak
                         self._need(False, f"holds {key}, which nothing reads; leave it out, or "
                                    "rename it")
@@ -889,11 +892,6 @@ class Features:
             self.notes.append(f"{self.path}: holds no group, so that a person may be in training "
                               "and test")
         self.name = self.name.astype(str)
-        self._need(len(np.unique(self.name)) == count,  # an evaluation finds its samples by name
-                   "name holds the same one twice; number them")
-        self._need(clips == 1 or len(np.unique(self.video)) == count,
-                   f"video joins samples of {clips} clips; write one clip a sample, (N, 1, D), or "
-                   "leave video out")
         if self.split is not None:
             found = np.unique(self.split)
             self._need(np.isin(found, ("train", "test")).all(), f"split holds {str(found)[:60]}; "
@@ -958,19 +956,6 @@ class Features:
                 f"{unlabelled(self.label)}, {len(set(self.group))} groups, {widths}")
 
 
-def read_arrays(path, needed, faults):
-    """The arrays of an .npz file but those that are not needed; nothing pickled is ever opened. One
-    that cannot be read is a line in `faults`."""
-    arrays = {}
-    with (blaming(path, "no .npz file, or one cut short", FEATURES),
-          np.load(path, allow_pickle=False) as content):
-        for key in [*needed, *sorted(content.keys() - needed)]:
-            with noting(faults), blaming(path, f"{key} is missing or damaged", FEATURES):
-                if needed.get(key, True):
-                    arrays[key] = content[key]
-    return arrays
-
-
 def save_features(path, arrays):
     """Write a features file; in the file a missing valence/arousal label is -5, never NaN."""
     arrays = arrays | {"label": np.nan_to_num(arrays["label"], nan=INVALID)}
@@ -988,9 +973,9 @@ def replacing(path):
                  (OSError, RuntimeError)):  # torch's writer raises RuntimeError
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(".writing-*"):  # by a killed process: no writing takes a day
-            with suppress(FileNotFoundError):  # its owner, or another one who cleans up
+            with suppress(OSError):  # its owner, or another one who cleans up, was quicker
                 if left.stat().st_mtime < time.time() - 24 * 3600:
-                    shutil.rmtree(left, ignore_errors=True)
+                    shutil.rmtree(left)
         with TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
             part = Path(folder, path.name)
             yield part
@@ -1023,10 +1008,8 @@ def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileg
     else:
         source = BioVid(root, dataset, classes, length or 1, image_size, privileged, face_start)
     if source.faults and strict:
-        first, *more = source.faults
-        hint = (f" (and {len(more)} more: python data.py --check {dataset} --root {root}"
-                f"{' --classes 5' * (classes == 5)})")
-        raise UserError(first + hint * bool(more))
+        raise UserError(f"{source.faults[0]} (1 of {len(source.faults)} faults: python data.py "
+                        f"--check {dataset} --root {root}{' --classes 5' * (classes == 5)})")
     return source
 
 
@@ -1323,20 +1306,20 @@ def crop_videos(videos, root, detector, workers):
     faults = [fault for fault in faults if fault]
     fewest = sorted(f"{len(os.listdir(folder)):6} {folder.name}"
                     for folder in targets if folder.is_dir())[:10]
-    print("fewest faces:", *fewest, *faults, sep="\n")
-    print(f"{len(targets)} videos, {len(targets) - len(todo)} there already, {len(faults)} failed; "
+    print("fewest faces:", *fewest, *faults,
+          f"{len(targets)} videos, {len(targets) - len(todo)} there already, {len(faults)} failed; "
           f"{sum(frames)} frames, {sum(missing)} without a face; {len(others)} others not used"
-          f"{': ' * bool(others)}{', '.join(map(str, others[:9]))}")
+          f"{': ' * bool(others)}{', '.join(map(str, others[:9]))}", sep="\n")
     sys.exit(bool(faults))
 
 
 def parse(argv=None):
     parser = Parser(__doc__)
-    job = parser.add_mutually_exclusive_group(required=True)
-    job.add_argument("--check", choices=DATASETS, help="count what is at --root, list every fault")
-    job.add_argument("--synthetic", choices=DATASETS[:3], help="write a stand-in to --root")
-    job.add_argument("--crop", type=a_path, metavar="VIDEOS",
-                     help="cut the faces out of a video or a folder of videos, into --root/faces")
+    job = parser.add_mutually_exclusive_group(required=True).add_argument
+    job("--check", choices=DATASETS, help="count what is at --root, list every fault")
+    job("--synthetic", choices=DATASETS[:3], help="write a stand-in to --root")
+    job("--crop", type=a_path, metavar="VIDEOS",
+        help="cut the faces out of a video or a folder of videos, into --root/faces")
     add = parser.add_argument
     add("--detector", type=os.path.expanduser, default="haar", metavar="FILE",
         help="for --crop: the file of YuNet, else OpenCV 4's Haar cascade")
