@@ -139,14 +139,16 @@ def windows(video, length, dense=False):
     overlaps the one before), and never the repeats of the last row that fill up a video shorter
     than a window.
     """
-    index, keep = [], []
-    for rows in np.split(np.arange(len(video)), np.flatnonzero(video[1:] != video[:-1]) + 1):
-        last = max(len(rows) - length, 0)
-        first = np.arange(last + 1) if dense else np.arange(0, len(rows), length)
-        place = first.clip(max=last)[:, None] + np.arange(length)  # (windows, length) in the video
-        index.append(rows[place.clip(max=len(rows) - 1)])
-        keep.append((place >= first[:, None]) & (place < len(rows)))
-    return torch.from_numpy(np.concatenate(index)), torch.from_numpy(np.concatenate(keep))
+    row = np.arange(len(video))
+    begins = np.flatnonzero(np.r_[True, video[1:] != video[:-1]])
+    ends = np.r_[begins[1:], len(video)]
+    begin, end = (edge.repeat(ends - begins) for edge in (begins, ends))  # of each row's video
+    last = np.maximum(end - length, begin)  # where the last window of its video begins
+    starts = row <= last if dense else (row - begin) % length == 0
+    first, last, end = (of_row[starts, None] for of_row in (row, last, end))  # (windows, 1) each
+    place = np.minimum(first, last) + np.arange(length)  # (windows, length)
+    keep = (place >= first) & (place < end)
+    return torch.from_numpy(np.minimum(place, end - 1)), torch.from_numpy(keep)
 
 
 def label_windows(source, label, dense=False):
@@ -881,28 +883,27 @@ class Features:
                         setattr(self, key, array.repeat(clips))
                         # an evaluation finds its samples by name
                         differ = key == "name" or key == "video" and clips > 1
-                        self._need(not differ or len(np.unique(array)) == count,
-                                   f"{key} holds the same one twice; number them, or leave {key} "
-                                   "out (a video may join samples of one clip each, (N, 1, D))")
+                        if differ and len(np.unique(array)) < count:
+                            raise UserError(
+                                f"{self.path}: {key} holds the same one twice; number them, or "
+                                f"leave {key} out (a video may join samples of one clip each)")
                     case _:  # a group that is misspelt would be a leak
-                        self._need(False, f"holds {key}, which nothing reads; leave it out, or "
-                                   "rename it")
+                        raise UserError(f"{self.path}: holds {key}, which nothing reads; leave it "
+                                        "out, or rename it")
 
         if "group" not in arrays:
             self.notes.append(f"{self.path}: holds no group, so that a person may be in training "
                               "and test")
         self.name = self.name.astype(str)
         if self.split is not None:
-            found = np.unique(self.split)
-            self._need(np.isin(found, ("train", "test")).all(), f"split holds {str(found)[:60]}; "
-                       "expected train and test (validation is taken from train)")
+            odd = np.setdiff1d(self.split, ["train", "test"])
+            if len(odd):
+                self.faults.append(f"{self.path}: split holds {str(odd)[:60]}; expected train and "
+                                   "test (validation is taken from train)")
             both = np.intersect1d(*(self.group[self.split == part] for part in ("train", "test")))
-            self._need(self.backbones or not len(both),  # stage 2's came with the data
-                       f"split has group {both[:1]} in both parts; give it to one")
-
-    def _need(self, good, fault):
-        if not good:
-            self.faults.append(f"{self.path}: {fault}")
+            if len(both) and not self.backbones:  # stage 2's came with the data
+                self.faults.append(f"{self.path}: split has group {both[:1]} in both parts; give "
+                                   "it to one")
 
     def _expect(self, key, array, kinds, *shapes):
         """UserError unless it is of these kinds and one of these shapes, not empty, and finite as
