@@ -59,7 +59,9 @@ SAMPLE = r"\d{6}_[mw]_\d\d-(BL1|PA[1-4])-\d{3}"  # BioVid's names: subject, leve
 BIOVID = ("expected faces/<subject>/<sample>/img_00001.jpg and "
           "biosignals_filtered/<subject>/<sample>_bio.csv under the root; on request: "
           "https://www.nit.ovgu.de/BioVid.html; --synthetic runs without it")
-AFFWILD2 = "on request: https://ibug.doc.ic.ac.uk/resources/aff-wild2/; --synthetic runs without it"
+AFFWILD2 = ("expected cropped_aligned/<video>/00001.jpg, the annotations and audio/<video>.wav under "
+            "the root; on request: https://ibug.doc.ic.ac.uk/resources/aff-wild2/; --synthetic "
+            "runs without it")
 LITTER = r"[.@_]|lost\+found$"  # what macOS, a NAS and a disk check leave behind,
 FOLDER = "[!.@_]*/"  # and a glob of all else
 FEATURES = ("expected a features file (.npz): float32 visual (N, L, Dv) and privileged (N, L, Dp), "
