@@ -59,9 +59,9 @@ SAMPLE = r"\d{6}_[mw]_\d\d-(BL1|PA[1-4])-\d{3}"  # BioVid's names: subject, leve
 BIOVID = ("expected faces/<subject>/<sample>/img_00001.jpg and "
           "biosignals_filtered/<subject>/<sample>_bio.csv under the root; on request: "
           "https://www.nit.ovgu.de/BioVid.html; --synthetic runs without it")
-AFFWILD2 = ("expected cropped_aligned/<video>/00001.jpg, the annotations and audio/<video>.wav under "
-            "the root; on request: https://ibug.doc.ic.ac.uk/resources/aff-wild2/; --synthetic "
-            "runs without it")
+AFFWILD2 = ("expected cropped_aligned/<video>/00001.jpg, the annotations and audio/<video>.wav "
+            "under the root; on request: https://ibug.doc.ic.ac.uk/resources/aff-wild2/; "
+            "--synthetic runs without it")
 LITTER = r"[.@_]|lost\+found$"  # what macOS, a NAS and a disk check leave behind,
 FOLDER = "[!.@_]*/"  # and a glob of all else
 FEATURES = ("expected a features file (.npz): float32 visual (N, L, Dv) and privileged (N, L, Dp), "
@@ -465,7 +465,7 @@ class BioVid(Source):
                 rows += [(len(rows) // length, f"{sample}/{clip}", subject,
                           levels.index(match[1]), images,
                           (csv, self.COLUMN[dataset], *span))
-                         for clip, (images, *span) in enumerate(clips)]
+                         for clip, images, *span in clips]
         if not rows:
             self.faults.append(f"{faces}: no sample of {', '.join(levels)} in it that can be used; "
                                f"{BIOVID}")
@@ -499,8 +499,8 @@ def expect_whole_videos(folders, where, face_start):
 
 
 def pain_clips(folder, length, face_start):
-    """Of each of the `length` clips of a sample: folder and names of PAIN_IMAGES equally spaced
-    images, and where it begins and ends, in seconds. And how many images the folder has.
+    """Of each of the `length` clips of a sample: its number, folder and names of PAIN_IMAGES
+    equally spaced images, where it begins and ends, in seconds. And how many images the folder has.
 
     Image 1 lies at face_start, 0 s by default. A clip without an image takes the one of the
     sample's window that is nearest to its middle.
@@ -513,13 +513,13 @@ def pain_clips(folder, length, face_start):
         raise UserError(f"{folder}: no face img_<5 digits>.jpg between {BEGIN:g} and {END:g} s; "
                         "extract its crops again or remove the folder")
     clips = []
-    for begin, end in pairwise(np.linspace(BEGIN, END, length + 1)):
+    for clip, (begin, end) in enumerate(pairwise(np.linspace(BEGIN, END, length + 1))):
         inside = (seconds >= begin) & (seconds < end)
         if not inside.any():
             inside = [np.abs(seconds - (begin + end) / 2).argmin()]
         images = names[inside]
         spaced = np.linspace(0, len(images) - 1, PAIN_IMAGES).round().astype(int)
-        clips.append(((folder, images[spaced]), begin, end))
+        clips.append((clip, (folder, images[spaced]), begin, end))
     return clips, len(numbers)
 
 
@@ -806,10 +806,10 @@ class Faces(Source):
             if re.fullmatch(SAMPLE, one.name):  # the name that it has in training
                 video = one.name
             with noting(self.faults):
-                clips = affect_clips(one) if dataset == "affwild2" else enumerate(
-                    images for images, *_ in pain_clips(one, length, face_start)[0])
-                found = [(video, f"{video}/{number:05d}", images) for number, images in clips]
-                for name in sorted({name for *_, (_, names) in found for name in names}):
+                clips = (affect_clips(one) if dataset == "affwild2" else
+                         pain_clips(one, length, face_start)[0])
+                found = [(video, f"{video}/{number:05d}", images) for number, images, *_ in clips]
+                for name in np.unique([names for *_, (_, names) in found]):
                     read_image(one / name)
                 rows += found
         if not rows:
@@ -888,7 +888,7 @@ class Features:
                         if differ and len(np.unique(array)) < count:
                             raise UserError(
                                 f"{self.path}: {key} holds the same one twice; number them, or "
-                                f"leave {key} out (a video may join samples of one clip each)")
+                                f"leave {key} out (only samples of one clip each may share a video)")
                     case _:  # a group that is misspelt would be a leak
                         raise UserError(f"{self.path}: holds {key}, which nothing reads; leave it "
                                         "out, or rename it")
