@@ -292,8 +292,8 @@ def image_files(folder, prefix, first=0):
 
 @contextmanager
 def blaming(path, expected, advice, kinds=Exception):
-    """What fails in this block fails because of the file, unless it is for want of memory: damaged
-    bytes make Pillow, numpy and scipy raise any of a dozen kinds of error."""
+    """What fails in this block fails because of the file, read or written, unless it is for want of
+    memory. Damaged bytes make Pillow, numpy and scipy raise any of a dozen kinds of error."""
     try:
         yield
     except kinds as error:
@@ -888,7 +888,7 @@ class Features:
                         if differ and len(np.unique(array)) < count:
                             raise UserError(
                                 f"{self.path}: {key} holds the same one twice; number them, or "
-                                f"leave {key} out (only samples of one clip each may share a video)")
+                                f"leave {key} out (samples of one clip each may share a video)")
                     case _:  # a group that is misspelt would be a leak
                         raise UserError(f"{self.path}: holds {key}, which nothing reads; leave it "
                                         "out, or rename it")
