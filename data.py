@@ -141,16 +141,14 @@ def windows(video, length, dense=False):
     overlaps the one before), and never the repeats of the last row that fill up a video shorter
     than a window.
     """
-    row = np.arange(len(video))
-    begins = np.flatnonzero(np.r_[True, video[1:] != video[:-1]])
-    ends = np.r_[begins[1:], len(video)]
-    begin, end = (edge.repeat(ends - begins) for edge in (begins, ends))  # of each row's video
-    last = np.maximum(end - length, begin)  # where the last window of its video begins
+    edges = torch.from_numpy(np.flatnonzero(np.r_[True, video[1:] != video[:-1], True]))
+    row = torch.arange(len(video))
+    begin, end = (edge.repeat_interleave(edges.diff()) for edge in (edges[:-1], edges[1:]))
+    last = torch.maximum(end - length, begin)  # where the last window of a row's video begins
     starts = row <= last if dense else (row - begin) % length == 0
     first, last, end = (of_row[starts, None] for of_row in (row, last, end))  # (windows, 1) each
-    place = np.minimum(first, last) + np.arange(length)  # (windows, length)
-    keep = (place >= first) & (place < end)
-    return torch.from_numpy(np.minimum(place, end - 1)), torch.from_numpy(keep)
+    place = torch.minimum(first, last) + torch.arange(length)  # (windows, length)
+    return torch.minimum(place, end - 1), (place >= first) & (place < end)
 
 
 def label_windows(source, label, dense=False):
