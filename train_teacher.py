@@ -687,7 +687,7 @@ def load_public_weights(backbone, weights):
                             "--visual-weights")
         public = torchvision.models.video.R3D_18_Weights.KINETICS400_V1
         weights = Path(torch.hub.get_dir(), "checkpoints", Path(public.url).name)
-        with data.reading(weights, "the download failed", "give a file with --visual-weights"):
+        with data.blaming(weights, "the download failed", "give a file with --visual-weights"):
             if not weights.exists():
                 public.get_state_dict(check_hash=True)  # a login page is no weights
     state = read_checkpoint(weights)
