@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import warnings
 from functools import partial
-from math import inf, isnan, log, sqrt
+from math import inf, log, sqrt
 from timeit import repeat
 
 import torch
@@ -234,12 +234,17 @@ def _solve(cost, epsilon, marginals, tol=1e-5, max_iter=1000):
         # over-relaxed sweeps it is for measure only: taking it would spoil their pace.
         last_v = b / (u @ plan)
         last_u = a / (last_v @ transposed)
+        if omega == 1:
+            u, v = last_u, last_v
+        drift = torch.cat((u, v), -1).log_()
         residual = torch.addcmul(b, last_v, last_u @ plan, value=-1)
-        error = _l1(residual).item()
+        lost = torch.nn.functional.hardshrink(drift, SAFE_DRIFT)  # 0 up to it
+        error = _l1(torch.cat((residual, lost), -1)).item()
         sweeps += block
 
-        # u, v left the range of floating-point numbers: the same sweeps, in the log domain.
-        if isnan(error):
+        # u, v left the range of floating-point numbers, or moved so far that entries of the plan
+        # were lost to underflow: the same sweeps, in the log domain.
+        if not error < SAFE_DRIFT:  # NaN too
             f = potentials[..., 0, :sizes[0]]
             for _ in range(block):
                 f, g = sweep(cost, f, level, a.squeeze(-2), b.squeeze(-2))
@@ -247,15 +252,14 @@ def _solve(cost, epsilon, marginals, tol=1e-5, max_iter=1000):
             omega = 1.0
             plan = _exp_(_log_plan(cost, potentials, log_marginals, level))
             last_u, last_v = ones.split(sizes, -1)
+            drift = torch.zeros_like(ones)
             error = _l1(b - last_u @ plan).item()
 
-        # Done, unless u or v moved so far that entries of the plan were lost: absorb them first.
         done = level == epsilon and (error <= tol or sweeps >= max_iter)
-        if done or omega == 1:
-            u, v = last_u, last_v
-        drift = torch.cat((u, v), -1).log_()
+        if done:
+            drift = torch.cat((last_u, last_v), -1).log_()
         potentials = potentials.add(drift, alpha=level)
-        if done and (sweeps >= max_iter or torch.linalg.vector_norm(drift, inf) < SAFE_DRIFT):
+        if done:
             break
 
         # Relax: hundreds of sweeps become tens.
