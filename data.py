@@ -34,6 +34,7 @@ import shutil
 import sys
 import time
 import warnings
+import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -91,12 +92,20 @@ class UserError(ValueError):
 
 
 def bar(iterable, text, quiet=False):
-    """What is in it, and shows how far it is: a bar on a terminal; elsewhere, a file say, a line
-    every half a minute."""
-    look = dict(leave=False) if sys.stderr.isatty() else dict(
-        delay=30, mininterval=30, miniters=1, smoothing=0,
-        bar_format="{desc} {n} of {total}, about {remaining} left\n")
-    return tqdm(iterable, text, disable=quiet, **look)
+    """Yields what is in it and shows how far it is: a bar on a terminal; elsewhere, a file say, a
+    line every half a minute."""
+    if quiet or sys.stderr.isatty():
+        yield from tqdm(iterable, text, leave=False, disable=quiet)
+        return
+    start = last = time.monotonic()
+    for done, item in enumerate(iterable, 1):
+        yield item
+        now = time.monotonic()
+        if now > last + 30:
+            last = now
+            left = (now - start) / done * (len(iterable) - done)
+            print(f"{text} {done} of {len(iterable)}, about {left / 60:.0f} min left",
+                  file=sys.stderr)
 
 
 class Windows(NamedTuple):
@@ -297,8 +306,8 @@ def blaming(path, expected, advice, kinds=Exception):
     except kinds as error:
         if isinstance(error, UserError) or lacks_memory(error):
             raise
-        reason = getattr(error, "strerror", None) or f"{expected} ({error})"
-        raise UserError(f"{path}: {reason}; {advice}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: {expected} ({reason}); {advice}") from None
 
 
 def read_image(path):
@@ -570,6 +579,8 @@ class Affwild2(Source):
         crops = self._by_video(path for level in ("", "batch*/", "cropped_aligned*/")
                                for path in self.path.glob(f"cropped_aligned*/{level}{FOLDER}")
                                if not re.match(r"batch\d*$|cropped_aligned", path.name))
+        if not any(self.path.glob("cropped_aligned*")):
+            raise UserError(f"{self.path / 'cropped_aligned'}: no such folder; {AFFWILD2}")
         annotations = self._find_annotations()
         files = self._by_video(path for part in self.SPLIT
                                for path in (annotations / part).glob("[!.]*.txt"))
@@ -625,7 +636,7 @@ class Affwild2(Source):
         if len(sets) != 1:
             raise UserError(f"{self.path / 'annotations'}: expected one edition of ABAW's "
                             "VA_Estimation_Challenge/Train_Set/<video>.txt in it, found "
-                            f"{' and '.join(map(str, sets)) or 'none'}; keep one there. {AFFWILD2}")
+                            f"{' and '.join(map(str, sets)) or 'none'}; keep one there; {AFFWILD2}")
         return sets[0]
 
     def _expect_sound(self, path, needed, video):
@@ -722,10 +733,10 @@ def affect(path, label):
 
 def refuse(path, key, wrong, what):
     """UserError if anything is wrong in a file's rows, or samples: wrong is bool (N, ...)."""
-    rows = np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))
+    rows = np.flatnonzero(wrong.any(tuple(range(1, wrong.ndim))))
     if len(rows):
         raise UserError(f"{path}: {key} holds {what} in {len(rows)} of {len(wrong)} rows, number "
-                        f"{rows[0]} (from 0 on) the first; mend them, or get the file again")
+                        f"{rows[0]} (from 0 on) the first; mend them or leave them out")
 
 
 def read_wav(path):
@@ -849,7 +860,7 @@ class Features:
         self.notes = []
         wanted = {"visual": True, "privileged": privileged, "label": labelled}
         arrays = {}  # all but those that are not wanted; nothing pickled is ever opened
-        with (blaming(path, "no .npz file, or one cut short", FEATURES),
+        with (blaming(path, "no .npz file, or one cut short", FEATURES), zipfile.ZipFile(path),
               np.load(path, allow_pickle=False) as content):
             for key in [*wanted, *sorted(content.keys() - wanted)]:
                 with noting(self.faults), blaming(path, f"{key} is missing or damaged", FEATURES):
@@ -884,9 +895,8 @@ class Features:
                         # an evaluation finds its samples by name
                         differ = key == "name" or key == "video" and clips > 1
                         if differ and len(np.unique(array)) < count:
-                            raise UserError(
-                                f"{self.path}: {key} holds the same one twice; number them, or "
-                                f"leave {key} out (samples of one clip each may share a video)")
+                            raise UserError(f"{self.path}: {key} holds the same one twice; number "
+                                            f"them, or leave {key} out")
                     case _:  # a group that is misspelt would be a leak
                         raise UserError(f"{self.path}: holds {key}, which nothing reads; leave it "
                                         "out, or rename it")
@@ -1009,8 +1019,10 @@ def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileg
     else:
         source = BioVid(root, dataset, classes, length or 1, image_size, privileged, face_start)
     if source.faults and strict:
-        raise UserError(f"{source.faults[0]} (1 of {len(source.faults)} faults: python data.py "
-                        f"--check {dataset} --root {root}{' --classes 5' * (classes == 5)})")
+        first, *more = source.faults
+        hint = (f" (and {len(more)} more: python data.py --check {dataset} --root {root}"
+                f"{' --classes 5' * (classes == 5)})")
+        raise UserError(first + hint * bool(more))
     return source
 
 
@@ -1358,8 +1370,8 @@ def main():
 
 def lacks_memory(error):
     """Whether an error of any library is for want of memory."""
-    return re.search("MemoryError|out of memory|not enough memory|allocate memory|"
-                     "nable to allocate|ALLOC_FAILED", repr(error))
+    return bool(re.search("MemoryError|out of memory|not enough memory|allocate memory|"
+                          "nable to allocate|ALLOC_FAILED", repr(error)))
 
 
 def run(main):
@@ -1390,6 +1402,9 @@ def run(main):
             asked = re.search(r" for \d[\d.]* ?\w+|$", line.replace("allocate", "for"))[0]
             line = (f"not enough memory{asked}; lower --batch-size, --fusion-batch-size, "
                     "--image-size or, with --finetune, --chunk; a features file must fit in whole")
+        elif "loading state_dict" in line:
+            line = ("a checkpoint is of an earlier version of these scripts: train it again, in "
+                    f"another --out ({line.splitlines()[0]})")
         elif "more than 1 value per channel" in line:
             line = ("a batch, or a rank's share of it, leaves batch norm one value a channel: "
                     "change --batch-size or --image-size")

@@ -794,7 +794,8 @@ def fill(table, args, ranks):
         cell.teachers.extend(teachers[which])
     runs = [(cell, *run) for cell in runnable for run in runs_of(cell)]
 
-    # the students that results.jsonl lacks
+    # the students that results.jsonl lacks by now
+    known = read_results(results)
     missing = {}
     for _, _, teacher, flags in () if args.print else runs:
         if not line_of(teacher, flags, [] if args.fresh else known):
@@ -1180,7 +1181,7 @@ def save_figure(title, synthetic, numbers, draw, args):
 
 
 FIGURE_5 = {  # the student's panels, and what trains it
-    "before training": "--lr 0 --epochs 1",
+    "before training": "",
     "own anchors": "--method pkdot",
     "shared anchors": "--shared-anchors",
     "row by row": "--shared-anchors --anchors random --no-transport"}
@@ -1194,7 +1195,8 @@ def figure_5(args, ranks):
     problems = []
     teachers = table_teachers(args, ranks, problems)
     if not teachers:
-        raise UserError("; ".join(chain.from_iterable(from_all(problems, ranks))))
+        problems = chain.from_iterable(from_all(problems, ranks))
+        raise UserError("; ".join(dict.fromkeys(problems)))
     if ranks.rank > 0:
         return
     for note in notes_on(teachers, args):
@@ -1215,7 +1217,11 @@ def figure_5(args, ranks):
     see = what_the_student_sees(features, settings, args)
     for name, flags in FIGURE_5.items():
         one = parse(flags.split(), with_flags(args, select="last"))
-        _, student = distil(teacher, one)
+        if flags:
+            _, student = distil(teacher, one)
+        else:
+            seed_all(args.seed, 3)
+            student, _ = make_student(teacher, args)
         network = student.eval() if args.finetune else student.fuse
         z_s = student_answers(network, see, train.index, args, ALONE, "z")
         S[name] = cosine_similarity_matrix(z_s)

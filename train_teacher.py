@@ -118,6 +118,9 @@ def join_ranks(args):
     if missing:
         raise UserError(f"RANK is set but {', '.join(sorted(missing))} is not: start the command "
                         "with torchrun --standalone --nproc_per_node=N, or unset RANK")
+    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    if ranks.world == 1:
+        return ALONE
     backend = "gloo"
     if args.device.type == "cuda":
         backend = "nccl"
@@ -125,7 +128,7 @@ def join_ranks(args):
         torch.cuda.set_device(args.device)
     # some ranks wait for others to train whole folds
     dist.init_process_group(backend, timeout=timedelta(days=7))
-    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    return ranks
 
 
 def wait_for_all():
@@ -250,8 +253,9 @@ def read_checkpoint(path):
     except Exception as error:  # damaged bytes raise all kinds
         if data.lacks_memory(error):
             raise
-        code = re.search(r"GLOBAL \S+|$", str(error))[0]
-        reason = getattr(error, "strerror", None) or code or type(error).__name__
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = getattr(error, "strerror", None) or (
+            f"it holds code, {code[1]}" if code else type(error).__name__)
         raise UserError(
             f"{path}: cannot be loaded ({reason}); give another file, of tensors and no code "
             "(torch.save(model.state_dict(), FILE)), or move it away and train or download it "
