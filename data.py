@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from scipy.io import wavfile
-from scipy.signal import resample_poly, spectrogram
+from scipy.signal import fftconvolve, resample_poly, spectrogram
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms.functional import pil_to_tensor, resize
@@ -1030,9 +1030,9 @@ def open_dataset(dataset, root, classes=2, length=None, image_size=112, privileg
 # (standard deviations, visual and privileged, of an intensity that runs from 0 to 1) was set once,
 # on the scores of single modalities and of their fusion, to come out in Table I's order; no student
 # and no distillation method was looked at.
-NOISE = {"biovid_a": (0.60, 0.20), "biovid_b": (0.60, 0.45), "affwild2": (0.25, 0.60)}
-SUBJECTS = 24  # BioVid's,
-REPEATS = 8  # and each one's samples of a level
+NOISE = {"biovid_a": (0.55, 0.35), "biovid_b": (0.55, 0.525), "affwild2": (0.25, 0.60)}
+SUBJECTS = 22  # BioVid's,
+LEVELS = 2 * [0, 1, 2, 3, 4] + 6 * [0, 4]  # and those of each one's samples
 VIDEOS = 32  # Affwild2's
 FACE = 56  # pixels
 
@@ -1040,7 +1040,7 @@ FACE = 56  # pixels
 def write_stand_in(dataset, root):
     """Write the synthetic data set to root, unless it is there; never touches other data."""
     root = Path(root)
-    recipe = json.dumps({"dataset": dataset, "noise": NOISE[dataset], "version": 2}) + "\n"
+    recipe = json.dumps({"dataset": dataset, "noise": NOISE[dataset], "version": 3}) + "\n"
     mark = root / "SYNTHETIC"
     if not root.exists():
         print(f"writing a synthetic stand-in of {dataset} to {root}")
@@ -1054,79 +1054,75 @@ def write_stand_in(dataset, root):
 
 
 def draw_faces(identity, expressions):
-    """Cartoon faces, uint8 (T, FACE, FACE, 3), of one identity (8 numbers in [-1, 1]).
+    """Cartoon faces, uint8 (T, FACE, FACE, 3), of one identity (6 numbers in [-1, 1]).
 
     Expressions (4, T) in about [-1, 1]: brow lowering, eye opening, mouth opening, smile.
     """
+    width, height, apart, *tone = identity
     brow, eye, mouth, smile = np.float32(expressions)[..., None, None]  # (T, 1, 1)
     axis = np.linspace(-1, 1, FACE, dtype=np.float32)
-    y = axis[:, None]
-    x = np.abs(axis)  # the right half is the left one's mirror image
+    x, y = np.abs(axis), axis[:, None]  # the right half is the left one's mirror image
 
     def blob(cx, cy, rx, ry):
         return (4 * (1 - ((x - cx) / rx) ** 2 - ((y - cy) / ry) ** 2)).clip(0, 1)
 
-    width, height, apart, low, wide = identity[:5]
-    oval = blob(0, 0, 0.75 + 0.1 * width, 0.92 + 0.06 * height)
+    skin = blob(0, 0, 0.75 + 0.1 * width, 0.92 + 0.06 * height)
     curve = smile.clip(-1, 1) * 1.5 * (0.03 - x**2)  # raises the mouth's corners
-    lips = blob(0, 0.45 + 0.05 * low + curve, 0.3 + 0.05 * wide, (0.1 + 0.09 * mouth).clip(0.03))
+    lips = blob(0, 0.45 + curve, 0.3, (0.1 + 0.09 * mouth).clip(0.03))
     side = 0.33 + 0.05 * apart
     eyes = blob(side, -0.22, 0.17, 0.07 + 0.045 * eye.clip(-1, 1))
-    brows = 0.8 * blob(side, -0.52 + 0.03 * low + 0.1 * brow, 0.22, 0.06)
-    dark = np.max([lips, eyes, brows], 0)[..., None]  # (T, FACE, FACE, 1)
-    skin = [205, 160, 130] + 30 * identity[5:]
-    image = 70 + oval[..., None] * (skin - 70)
-    return np.uint8(image * (1 - 0.75 * dark))  # never below 17 or above 235
+    brows = blob(side, -0.52 + 0.1 * brow, 0.22, 0.06)
+    light = 1 - 0.75 * (lips + eyes + brows).clip(0, 1)  # (T, FACE, FACE)
+    color = 70 + skin[..., None] * (np.array([135, 90, 60]) + 30 * np.array(tone))
+    return np.uint8(light[..., None] * color)
 
 
-def write_jpegs(folder, prefix, faces, keep):
+def write_faces(folder, prefix, first, faces, rng):
+    """A jpg a face, numbered from `first` on, but for a while that the face detector lost it."""
     folder.mkdir(parents=True)
-    for i in np.flatnonzero(keep):
-        Image.fromarray(faces[i]).save(folder / f"{prefix}{i + 1:05d}.jpg", quality=90)
+    lost = rng.integers(0, len(faces) - 20)
+    lost = range(lost, lost + rng.integers(1, 20))
+    for i, face in enumerate(faces):
+        if i not in lost:
+            Image.fromarray(face).save(folder / f"{prefix}{first + i:05d}.jpg", quality=90)
 
 
 def write_biovid(root, rng, noise_v, noise_p):
     for person in bar(range(SUBJECTS), "subjects"):
         subject = f"{person + 1:02d}0109_{'mw'[person % 2]}_{20 + person}"
-        identity = rng.uniform(-1, 1, 8)
+        identity = rng.uniform(-1, 1, 6)
         gain = rng.normal(1, 0.15)
         reactive = 0.15 if person % 6 == 5 else 1.0  # some subjects hardly react
         signals = root / "biosignals_filtered" / subject
         signals.mkdir(parents=True)
-        for n in range(5 * REPEATS):
-            level = n % 5
+        for n, level in enumerate(LEVELS):
             sample = f"{subject}-{BioVid.LEVELS[5][level]}-{n + 81:03d}"
             hidden = reactive * level / 4
-            t = np.arange(138) / FPS
-            shown = (hidden + noise_v * rng.normal()) * (t / 1.5).clip(0, 1)
-            shown += 0.05 * rng.normal(size=t.size)
-            keep = np.ones(t.size, bool)
-            if n % 4 == 3:  # the face detector lost the face for a while
-                lost = rng.integers(0, 110)
-                keep[lost:lost + rng.integers(1, 20)] = False
+            # images 50 to 129: the window from 2 to 5 s, and a few around it
+            shown = hidden + noise_v * rng.normal() + 0.05 * rng.normal(size=80)
             faces = draw_faces(identity, [shown, 0.6 - shown, shown - 0.3, 0 * shown])
-            write_jpegs(root / "faces" / subject / sample, "img_", faces, keep)
+            write_faces(root / "faces" / subject / sample, "img_", 50, faces, rng)
 
-            t = np.arange(2816 + n % 2) / SIGNAL_RATE
+            t = np.arange(2816 + n // 2 % 2) / SIGNAL_RATE
             felt = (hidden + noise_p * rng.normal()) * (t / 1.5).clip(0, 1)
             tension = 3 * gain * np.exp(0.9 * felt)  # a muscle's noise has the power of its effort
-            skin, trapezius, corrugator, zygomaticus = rng.normal(size=(t.size, 4)).T
-            table = np.column_stack([t * 1e6, 5 + 0.5 * gain + 2.0 * felt + 0.01 * skin,
-                                     np.exp(-((t * 1.2 % 1 - 0.5) / 0.02) ** 2), 3 * trapezius,
-                                     tension * corrugator, tension * zygomaticus])
+            skin, heart, trapezius, corrugator, zygomaticus = rng.normal(size=(5, t.size))
+            table = [t * 1e6, 5 + 0.5 * gain + 2.0 * felt + 0.01 * skin, heart, 3 * trapezius,
+                     tension * corrugator, tension * zygomaticus]
             # Real headers carry blanks, too.
-            np.savetxt(signals / f"{sample}_bio.csv", table, "%d" + 5 * "\t%.4f", comments="",
-                       header="time\tgsr\tecg\temg_trapezius\t emg_corrugator\temg_zygomaticus")
+            np.savetxt(signals / f"{sample}_bio.csv", np.transpose(table), "%d" + 5 * "\t%.4f",
+                       header="time\tgsr\tecg\temg_trapezius\t emg_corrugator\temg_zygomaticus",
+                       comments="")
 
 
 def _wander(rng, frames):
-    """A smooth random course with standard deviation about 1."""
+    """Two smooth random courses with standard deviation about 1, (2, frames)."""
     kernel = np.hanning(120)
-    noise = rng.normal(size=frames + 119)
-    return np.convolve(noise, kernel / np.sqrt((kernel**2).sum()), mode="valid")
+    noise = rng.normal(size=(2, frames + 119))
+    return fftconvolve(noise, kernel[None] / np.linalg.norm(kernel), "valid", axes=1)
 
 
-def write_affwild2(root, rng, *noises):
+def write_affwild2(root, rng, noise_v, noise_p):
     labels = root / "annotations/VA_Estimation_Challenge"
     audio = root / "audio"
     for folder in (labels / "Train_Set", labels / "Validation_Set", audio):
@@ -1139,17 +1135,13 @@ def write_affwild2(root, rng, *noises):
         fps = 25 if video == "video5" else 30
         frames = 550 if video.startswith("video3_") else rng.integers(400, 700)
         # valence and arousal: their course, and how face and voice show them
-        hidden = np.stack([0.25 * rng.normal() + 0.35 * _wander(rng, frames) for _ in "va"])
-        (valence, arousal), heard = (
-            hidden / 0.4 + noise / 0.4 * np.stack([_wander(rng, frames) for _ in "va"])
-            for noise in noises)
+        hidden = 0.25 * rng.normal(size=(2, 1)) + 0.35 * _wander(rng, frames)
+        (valence, arousal), heard = ((hidden + noise * _wander(rng, frames)) / 0.4
+                                     for noise in (noise_v, noise_p))
 
-        keep = np.ones(frames, bool)
-        lost = rng.integers(0, frames - 60)
-        keep[lost:lost + rng.integers(5, 50)] = False
-        faces = draw_faces(rng.uniform(-1, 1, 8), [-0.5 * arousal, 0.6 * arousal, 0.4 * arousal,
+        faces = draw_faces(rng.uniform(-1, 1, 6), [-0.5 * arousal, 0.6 * arousal, 0.4 * arousal,
                                                    0.6 * valence]).repeat(2, 1).repeat(2, 2)
-        write_jpegs(root / "cropped_aligned" / video, "", faces, keep)
+        write_faces(root / "cropped_aligned" / video, "", 1, faces, rng)
 
         table = hidden.T.clip(-1, 1)
         lost = rng.integers(0, frames - 100)

@@ -321,7 +321,7 @@ def stand_in(tmp_path_factory):
     """BioVid B's stand-in: 5 subjects, two samples of each of 5 levels, faces of 16 pixels."""
     root = tmp_path_factory.mktemp("data") / "biovid"
     with MonkeyPatch.context() as patch:
-        for name, value in {"SUBJECTS": 5, "REPEATS": 2, "FACE": 16}.items():
+        for name, value in {"SUBJECTS": 5, "LEVELS": data.LEVELS[:10], "FACE": 16}.items():
             patch.setattr(data, name, value)
         data.write_stand_in("biovid_b", root)
     return root
@@ -1737,7 +1737,7 @@ def film(cv2, path, images, fps=25):
 
 def portrait():
     image = np.full((240, 320, 3), 70, np.uint8)
-    face, = data.draw_faces(np.zeros(8), np.zeros((4, 1)))
+    face, = data.draw_faces(np.zeros(6), np.zeros((4, 1)))
     image[60:172, 100:212] = face.repeat(2, 0).repeat(2, 1)[..., ::-1]
     return image
 

@@ -493,7 +493,7 @@ DEFAULTS = {  # Table I, and what differs from COMMON
     "affwild2": dict(fusion="jca", length=8, visual_backbone="i3d", batch_size=8, fusion_lr=1e-3),
     "features": dict(fusion="concat", visual_backbone="mlp")}  # its own length
 STAND_IN = {  # few samples and a CPU: smaller images, smaller batches, more passes over less
-    "biovid": dict(image_size=32, batch_size=16, backbone_epochs=4, fusion_epochs=100),
+    "biovid": dict(image_size=32, batch_size=16, lr=1e-4, backbone_epochs=2, fusion_epochs=60),
     "affwild2": dict(image_size=48, batch_size=4, lr=1e-4, backbone_epochs=10, fusion_epochs=20)}
 
 
