@@ -64,8 +64,12 @@ def sweep(cost, f, epsilon, a, b):
 
 
 def transport_plan(cost, f, g, epsilon, a=None, b=None):
-    """The plan (..., n, m) of potentials f (..., n), g (..., m); weights as in `sinkhorn`."""
+    """The plan (..., n, m) of potentials f (..., n), g (..., m); weights, errors as in `sinkhorn`,
+    and a ValueError where f or g does not match."""
     cost, marginals = _checked(cost, epsilon, a, b)
+    if (f.shape, g.shape) != (cost.shape[:-1], cost[..., 0, :].shape):
+        raise ValueError(f"f (..., n), g (..., m) do not match cost {tuple(cost.shape)}: "
+                         f"{tuple(f.shape)}, {tuple(g.shape)}")
     return _log_plan(cost, torch.cat((f, g), -1).unsqueeze(-2), marginals.log(), epsilon).exp()
 
 

@@ -473,8 +473,9 @@ def expect_input(student, inputs):
     clip = (3, frames, size, size) if faces else (settings["visual_dim"],)
     wanted = settings["length"], *clip
     if x.shape[1:] != wanted or faces and x.is_floating_point() and x.max() > 1:
-        raise ValueError(f"expected (B, {str(wanted)[1:-1]}), faces uint8 or float in [0, 1]; got "
-                         f"{tuple(x.shape)} {x.dtype} up to {x.max():.3g}")
+        kind = ", uint8 or float in [0, 1]" * faces
+        raise ValueError(f"expected (B, {str(wanted)[1:-1]}){kind}; got {tuple(x.shape)} {x.dtype} "
+                         f"up to {x.max():.3g}")
 
 
 def student_of(state):
@@ -1309,8 +1310,8 @@ def parse(argv=None, namespace=None):
     job = group.add_mutually_exclusive_group().add_argument
     job("--evaluate", type=data.a_path, metavar="STUDENT.pt",
         help="a saved student's test score, from faces")
-    job("--predict", type=data.a_path, metavar="FOLDER",
-        help="csv of the predictions of --student for face crops")
+    job("--predict", type=data.a_path, metavar="FACES",
+        help="csv of the predictions of --student for a folder of face crops, or a features file")
     job("--table", choices=TABLES, help="the paper's table, or our choices; trains what is missing")
     job("--figure", choices=("5", *FIGURES), help="the paper's figure, likewise")
     group.add_argument("--student", type=data.a_path, metavar="STUDENT.pt", help="for --predict")
@@ -1351,12 +1352,17 @@ def misplaced(args):
         if args.figure == "labels":
             own += " labelled"
         elif args.figure == "5":
-            own += " anchors shared transport print"
+            own += " anchors shared transport"
+            yield "print", "figure 5 is made of students, not of results; leave it out"
         elif args.table and args.table != "choices":
             own += " anchors shared transport debias"
         yield own, ("the rows of --table and --figure say what they are; leave it out, or see "
                     "--table choices")
-    elif not (args.evaluate or args.predict):
+    elif args.evaluate or args.predict:
+        yield ("teacher dataset synthetic fold finetune batch_size lr epochs select method lambdas "
+               "k epsilon shared kl debias anchors transport hallucinate role seeds fresh print "
+               "classes folds labelled", "a saved student has its own; leave it out")
+    else:
         own = METHODS[args.method].flags.split()
         yield (" ".join(flag for flag in METHODS["pkdot"].flags.split() if flag not in own),
                f"--method {args.method} does not read it; leave it out")

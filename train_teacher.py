@@ -436,6 +436,8 @@ def epochs(count, model, optimizer, best, path, settings, args, ranks=ALONE, tex
             optimizer.load_state_dict(state["optimizer"])
             best.update(state["best"])
             first = state["epoch"] + 1
+            if first_of_all():
+                print(f"{path}: goes on after epoch {first}")
         elif first_of_all():
             print(f"{path}: an interrupted run's; --resume would go on, this begins anew",
                   file=sys.stderr)
