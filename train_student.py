@@ -349,6 +349,8 @@ def open_faces(settings, args, folder=None, strict=True):
     size = settings["image_size"]
     root = folder or args.root or settings["root"]
     start = settings["face_start"] if args.face_start is None else args.face_start
+    if args.face_start is not None and kind not in data.BioVid.COLUMN:
+        raise UserError("--face-start is for BioVid, and this student is not; leave it out")
     if folder and folder.is_dir() == (kind == "features"):
         wanted = "features file (.npz)" if kind == "features" else "folder of face crops"
         raise UserError(f"{folder}: this student looks at a {wanted}; give one")
