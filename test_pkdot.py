@@ -2222,7 +2222,7 @@ def test_a_data_set_is_what_it_holds_wherever_it_lies(dataset, pattern, home, sl
     refused(train_teacher, line, RUNS[dataset])
 
 
-@parametrize("key", ["group", "label", "visual"])
+@parametrize("key", ["group", "label", *VIEWS])
 def test_other_groups_labels_or_features_make_another_data_set(key, views):
     content = dict(np.load(views))
     shutil.copy(views, "mine.npz")
