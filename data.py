@@ -337,13 +337,13 @@ def read_table(path, delimiter, columns):
         return np.loadtxt(file, delimiter=delimiter, usecols=use, ndmin=2)
 
 
-def find_folder(root, *names):
+def find_folder(root, layout, *names):
     """The first of root/name that exists, or root/name/name as unzipping sometimes leaves it."""
     for name in names:
         for path in (root / name / name, root / name):
             if path.is_dir():
                 return path
-    raise UserError(f"{root / names[0]}: no such folder; {BIOVID}")
+    raise UserError(f"{root / names[0]}: no such folder; {layout}")
 
 
 @contextmanager
@@ -442,10 +442,10 @@ class BioVid(Source):
         super().__init__(root, length, image_size)
         levels = self.LEVELS[classes]
         self.outputs = len(levels)
-        faces = find_folder(self.path, "faces")
+        faces = find_folder(self.path, BIOVID, "faces")
         folders = sorted(faces.glob(FOLDER + FOLDER))
         if privileged:
-            signals = find_folder(self.path, "biosignals_filtered", "biosignals_raw")
+            signals = find_folder(self.path, BIOVID, "biosignals_filtered", "biosignals_raw")
             self.notes = [f"{csv}: no face crops in {crops}; not used"
                           for csv in sorted(signals.glob(f"{FOLDER}[!.]*_bio.csv"))
                           if not (crops := faces / csv.parent.name / csv.name[:-8]).is_dir()]
@@ -575,12 +575,11 @@ class Affwild2(Source):
 
     def __init__(self, root, length, image_size, privileged):
         super().__init__(root, length, image_size)
+        find_folder(self.path, AFFWILD2, "cropped_aligned")
         # Crops come in several archives, of one level or two.
         crops = self._by_video(path for level in ("", "batch*/", "cropped_aligned*/")
                                for path in self.path.glob(f"cropped_aligned*/{level}{FOLDER}")
                                if not re.match(r"batch\d*$|cropped_aligned", path.name))
-        if not any(self.path.glob("cropped_aligned*")):
-            raise UserError(f"{self.path / 'cropped_aligned'}: no such folder; {AFFWILD2}")
         annotations = self._find_annotations()
         files = self._by_video(path for part in self.SPLIT
                                for path in (annotations / part).glob("[!.]*.txt"))
@@ -859,7 +858,9 @@ class Features:
         self.faults = []
         self.notes = []
         wanted = {"visual": True, "privileged": privileged, "label": labelled}
-        arrays = {}  # all but those that are not wanted; nothing pickled is ever opened
+        # all but those that are not wanted; nothing pickled is ever opened, and numpy, which takes
+        # any other file for a pickle, is given zip files alone
+        arrays = {}
         with (blaming(path, "no .npz file, or one cut short", FEATURES), zipfile.ZipFile(path),
               np.load(path, allow_pickle=False) as content):
             for key in [*wanted, *sorted(content.keys() - wanted)]:
