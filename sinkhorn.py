@@ -260,7 +260,7 @@ def _solve(cost, epsilon, marginals, tol=1e-5, max_iter=1000):
             error = _l1(b - last_u @ plan).item()
 
         done = level == epsilon and (error <= tol or sweeps >= max_iter)
-        if done:
+        if done and omega != 1:
             drift = torch.cat((last_u, last_v), -1).log_()
         potentials = potentials.add(drift, alpha=level)
         if done:
