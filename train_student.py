@@ -290,6 +290,7 @@ def what_the_student_sees(features, settings, args):
     faces = None
     if args.finetune:
         source = open_faces(settings, args)
+        expect_same_data(source, settings)
         if settings["dataset"] == "features":
             visual = source.rows["visual"].to(args.device)
         else:
@@ -1361,9 +1362,9 @@ def misplaced(args):
         yield own, ("the rows of --table and --figure say what they are; leave it out, or see "
                     "--table choices")
     elif args.evaluate or args.predict:
-        yield ("teacher dataset synthetic fold finetune batch_size lr epochs select method lambdas "
-               "k epsilon shared kl debias anchors transport hallucinate role seeds fresh print "
-               "classes folds labelled", "a saved student has its own; leave it out")
+        own = "evaluate predict student root face_start seed device workers amp out resume".split()
+        yield (" ".join(flag for flag in vars(args) if flag not in own),
+               "a saved student has its own; leave it out")
     else:
         own = METHODS[args.method].flags.split()
         yield (" ".join(flag for flag in METHODS["pkdot"].flags.split() if flag not in own),
@@ -1428,15 +1429,13 @@ def distil_folds(args, ranks):
     print_mean(found, settings, ranks)
 
 
-def expect_same_data(root, settings, args):
+def expect_same_data(source, settings):
     """Raises UserError unless the data set holds the faces and labels that a teacher was trained
-    on, wherever it lies; of a features file that is read whole, the privileged rows, too."""
-    whole = settings["dataset"] == "features" and not args.finetune
-    source = data.Features(root) if whole else open_faces(settings, args)
+    on, wherever it lies; of a features file that was read whole, the privileged rows, too."""
     views = getattr(source, "rows", ["visual"])
     if not content(source, views).items() <= settings["data"].items():
-        raise UserError(f"{root}: its samples are not those that the teacher was trained on; train "
-                        "the teacher again, or give the --root it was trained on")
+        raise UserError(f"{source.path}: its samples are not those that the teacher was trained "
+                        "on; train the teacher again, or give the --root it was trained on")
 
 
 def keep_student(teacher, args, ranks):
@@ -1449,11 +1448,13 @@ def keep_student(teacher, args, ranks):
     if needs_classes(args) and settings["task"] == "regression":
         raise UserError("--method kl and --kl compare class probabilities, and valence/arousal has "
                         "none; choose another method, similarity for one")
-    root = args.root or Path(settings["root"])
-    if args.root or root.is_file() or any(root.glob("*")):
-        expect_same_data(root, settings, args)
-    elif ranks.rank == 0 and not args.finetune:  # which asks for the faces itself
-        print(f"{root} is not there: the features that were extracted suffice")
+    if not args.finetune:  # which opens the data, and looks, itself
+        root = args.root or Path(settings["root"])
+        if args.root or root.is_file() or any(root.glob("*")):
+            file = settings["dataset"] == "features"
+            expect_same_data(data.Features(root) if file else open_faces(settings, args), settings)
+        elif ranks.rank == 0:
+            print(f"{root} is not there: the features that were extracted suffice")
     if ranks.rank == 0:
         print(f"{teacher['path']}, test: visual only {show(found['visual'])}, "
               f"teacher {show(found['multimodal'])}")
